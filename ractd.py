@@ -1,6 +1,25 @@
 """RACTD: Reward-Aware Consistency Trajectory Distillation (arXiv 2506.07822v2, ICLR 2026), one file.
 
-DOCSTRING
+A diffusion planner that needs one network call per action, learnt from logged data alone:
+
+    data ──> teacher   D(x, t)     EDM diffusion of the next H actions given the state      Eq. 4
+      └────> reward    R(s, a)     return-to-go of a state and an action, on clean data     Eq. 8
+    teacher + reward ──> student   G(x, t, k)  CTM + DSM + reward losses                    Eqs. 5-9
+    student ──> one call per action, closed loop in MuJoCo, D4RL normalised score
+
+    python ractd.py distill --env hopper-medium-replay      all of it, minutes on two cores
+    python ractd.py evaluate --env hopper-medium-replay --episodes 100 [--nfe 2 | --model teacher]
+    python ractd.py data | teacher | reward --env ...       one stage; --help lists all flags
+
+Notation                                      | shapes, all normalised to [-1, 1]
+    t > u >= k   noise levels of a CTM sample |     x0, x_t   (B, H, A)  clean, noisy chunk of H actions
+    i_t < i_u <= i_k   their grid indices     |     state     (B, h O)   last h observations, flattened
+    T = 80, "0" = SIGMA_MIN = 0.02            |     t, u, k   (B,)       one noise level per sample
+    D, g   denoisers of teacher and student   |     Eq. n     equation n of the paper, version 2
+    G      the student's jump t -> k          |     sg        frozen: no gradient to these weights
+
+Sections 3-6 are the method: they need only torch and nothing below them. Where the paper and the
+released code differ, or this file from both, the flag's help or a comment says so; README.md lists it.
 """
 
 import argparse
@@ -11,16 +30,18 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
-import urllib.request
 import warnings
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -29,9 +50,10 @@ from torch import nn
 # ---- 1. Configuration -----------------------------------------------------------------------------
 
 VERSION = "0.1.0"
-SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.02, 80.0, 0.5       # noise range ("0" in the equations is smin)
+SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.02, 80.0, 0.5
+REWARD_PULL = 0.03                       # see reward_loss
 
-# Simulator, return of a random policy and of an expert: D4RL normalised score 0 and 100.
+# task -> simulator, and the returns that are D4RL's normalised scores 0 (random) and 100 (expert)
 TASKS = {"hopper": ("Hopper-v4", -20.272305, 3234.3),
          "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
          "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0)}
@@ -39,95 +61,85 @@ TASKS = {"hopper": ("Hopper-v4", -20.272305, 3234.3),
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 # env -> (released reward weight sigma, bytes and SHA-256 of the D4RL v2 file)
 ENVS = {name: (float(sigma), int(size), sha256) for name, sigma, size, sha256 in map(str.split, """
-halfcheetah-medium 0.5 237727262 41324e8487a9556d8cfa4538827f8937f4d63dae3030825ebc9f3a726ed08ca0
-halfcheetah-medium-replay 1.0 59448533 48d494a4770c11f48260736dec090b78bdca8375647ed4d24bfa5b6610c7f683
+halfcheetah-medium        0.5 237727262 41324e8487a9556d8cfa4538827f8937f4d63dae3030825ebc9f3a726ed08ca0
+halfcheetah-medium-replay 1.0  59448533 48d494a4770c11f48260736dec090b78bdca8375647ed4d24bfa5b6610c7f683
 halfcheetah-medium-expert 0.0 474567252 015db75dae5bbe8e94029b71fa0bafc2073365df0c94744e71031189f3f79c06
-hopper-medium 1.0 141484200 828ab916d1ff570ac0655af7d29390b652a6f2f4bbd05b311ac91d57fe38576c
-hopper-medium-replay 1.0 77251678 3ebbc1b9b0e98188923bd2cc0fb80541980e8c6a0ebdb8139910b0aa0bde1646
-hopper-medium-expert 0.5 281841200 3c599b8c9576dd1df13fd36a48b9c7e9a0ec9ce4a2db4fe836f7712a640b1d00
-walker2d-medium 0.4 232254996 cf00f43add04c17fdfc2958dd581dea0851b2e5bedbe6fda073758a8f841aeda
-walker2d-medium-replay 0.5 86323963 e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db
-walker2d-medium-expert 0.2 462197079 6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04
+hopper-medium             1.0 141484200 828ab916d1ff570ac0655af7d29390b652a6f2f4bbd05b311ac91d57fe38576c
+hopper-medium-replay      1.0  77251678 3ebbc1b9b0e98188923bd2cc0fb80541980e8c6a0ebdb8139910b0aa0bde1646
+hopper-medium-expert      0.5 281841200 3c599b8c9576dd1df13fd36a48b9c7e9a0ec9ce4a2db4fe836f7712a640b1d00
+walker2d-medium           0.4 232254996 cf00f43add04c17fdfc2958dd581dea0851b2e5bedbe6fda073758a8f841aeda
+walker2d-medium-replay    0.5  86323963 e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db
+walker2d-medium-expert    0.2 462197079 6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04
 """.strip().splitlines())}
-
 
 class UserError(Exception):
     """Something the user can put right: printed as a sentence, exit code 2."""
 
-
-def opt(default, stage, help, low=None, high=None, choices=None):
-    """A hyperparameter: default, the first stage that depends on it, help text, valid range."""
+def opt(default, stage, help, low=None, high=math.inf, choices=None):
+    """A hyperparameter: default, the part of the program it belongs to, help, valid range."""
     return dataclasses.field(default=default, metadata=dict(
         stage=stage, help=help, low=low, high=high, choices=choices))
 
-
 @dataclass
 class Config:
-    """Every hyperparameter, each a command-line flag (`ractd.py distill --help`)."""
+    """Every hyperparameter, each a command-line flag; in brackets what the released code has."""
 
     seed: int = opt(0, "data", "seed of everything but evaluation", 0)
-    horizon: int = opt(16, "data", "c: actions in a planned chunk", 1, 1024)
-    history: int = opt(1, "data", "h: past states the plan is conditioned on", 1, 64)
+    horizon: int = opt(16, "data", "c or H: actions in a planned chunk [16]", 1, 1024)
+    history: int = opt(1, "data", "h: last observations that a plan is conditioned on [1]", 1, 64)
 
-    channels: tuple = opt((64, 128), "network", "U-Net channels per level (released: 512,1024,2048)")
-    kernel: int = opt(3, "network", "U-Net convolution width, odd (released: 5)", 1, 31)
-    blocks: int = opt(1, "network", "residual blocks per U-Net level (released: 2)", 1, 8)
-    patch: int = opt(4, "network", "actions folded into one U-Net position (released: 1)", 1, 64)
-    embed: int = opt(128, "network", "width of the noise-level embedding (released: 256)", 8, 4096)
+    channels: tuple = opt((64, 128), "network", "U-Net channels per level [512,1024,2048]")
+    kernel: int = opt(3, "network", "U-Net convolution width, odd [5]", 1, 31)
+    blocks: int = opt(1, "network", "residual blocks per U-Net level [2]", 1, 8)
+    patch: int = opt(4, "network", "actions folded into one U-Net position [1]", 1, 64)
+    embed: int = opt(128, "network", "width of the noise-level embedding, even", 8, 4096)
 
-    teacher_steps: int = opt(4000, "teacher", "gradient steps; -n = n epochs (released: -1000)")
-    teacher_batch: int = opt(256, "teacher", "windows per step (released: 1024)", 1)
-    teacher_lr: float = opt(1e-3, "teacher", "peak AdamW learning rate (released: 1e-4)", 1e-9, 1)
-    teacher_warmup: int = opt(200, "teacher", "linear warm-up, steps (released: 2000)", 0)
-    teacher_decay: float = opt(1e-6, "teacher", "AdamW weight decay", 0, 10)
-    teacher_distance: str = opt("squared", "teacher", "d of Eq. 4: the ODE needs the mean (paper: "
-                                "pseudo-huber, a median)", choices=("squared", "pseudo-huber"))
+    teacher_steps: int = opt(4000, "teacher", "gradient steps; -n = n epochs [-1000]")
+    teacher_batch: int = opt(256, "teacher", "windows per step [1024]", 1)
+    teacher_lr: float = opt(1e-3, "teacher", "peak AdamW learning rate [1e-4]", 1e-9, 1)
+    teacher_warmup: int = opt(200, "teacher", "linear warm-up, steps [2000]", 0)
+    teacher_decay: float = opt(1e-6, "teacher", "AdamW weight decay [1e-6]", 0, 10)
+    teacher_distance: str = opt("squared", "teacher", "d of Eq. 4; the ODE needs the mean, pseudo-huber "
+                                "(paper) gives a median", choices=("squared", "pseudo-huber"))
 
-    gamma: float = opt(0.99, "reward", "discount of the return-to-go", 0, 0.99999)
-    timeout: str = opt("extend", "reward", "return-to-go at a time limit: extend = the last 100 rewards' "
-                       "mean for ever; cut = nothing (released)", choices=("extend", "cut"))
-    reward_steps: int = opt(4000, "reward", "gradient steps; -n = n epochs (released: -50)")
-    reward_batch: int = opt(256, "reward", "transitions per step (released: 64)", 1)
-    reward_lr: float = opt(1e-3, "reward", "peak AdamW learning rate (released: 2e-4)", 1e-9, 1)
-    reward_warmup: int = opt(20, "reward", "linear warm-up, steps", 0)
-    reward_decay: float = opt(1e-3, "reward", "AdamW weight decay", 0, 10)
-    reward_members: int = opt(1, "reward", "networks averaged in R (released: 1)", 1, 64)
-    reward_expectile: float = opt(0.5, "reward", "expectile of the return-to-go that R fits (paper: 0.5, "
-                                  "the mean)", 0.01, 0.99)
+    gamma: float = opt(0.99, "reward", "discount of the return-to-go [0.99]", 0, 0.9999)
+    timeout: str = opt("extend", "reward", "after a time limit the mean of the last 100 rewards goes on "
+                       "for ever, or nothing does [cut]", choices=("extend", "cut"))
+    reward_steps: int = opt(4000, "reward", "gradient steps; -n = n epochs [-50]")
+    reward_batch: int = opt(256, "reward", "transitions per step [64]", 1)
+    reward_lr: float = opt(1e-3, "reward", "peak AdamW learning rate [2e-4]", 1e-9, 1)
+    reward_warmup: int = opt(20, "reward", "linear warm-up, steps [20]", 0)
+    reward_decay: float = opt(1e-3, "reward", "AdamW weight decay [1e-3]", 0, 10)
 
-    student_steps: int = opt(1500, "student", "gradient steps; -n = n epochs (released: -400)")
-    student_batch: int = opt(256, "student", "windows per step (released: 4800)", 1)
-    student_lr: float = opt(5e-4, "student", "peak AdamW learning rate (released: 1e-4)", 1e-9, 1)
-    student_warmup: int = opt(100, "student", "linear warm-up, steps (released: 500)", 0)
-    student_decay: float = opt(1e-4, "student", "AdamW weight decay", 0, 10)
-    dropout: float = opt(0.0, "student", "dropout in the student while it trains (released: 0.2)", 0, 0.9)
-    grid_points: int = opt(80, "student", "N: levels of the Karras grid that t, u, k are drawn from", 3, 10_000)
-    target_decay: float = opt(0.99, "student", "EMA decay of sg(theta), which is also the network that "
-                              "acts (released: 0, a copy)", 0, 1)
-    ctm_weight: float = opt(1.0, "student", "alpha of Eq. 9", 0, 1e6)
-    dsm_weight: float = opt(1.0, "student", "beta of Eq. 9", 0, 1e6)
-    reward_weight: float = opt(-1.0, "student", "sigma of Eq. 9; 0 = CTD, no reward; -1 = the released "
-                               "weight of --env", -1, 1e6)
-    reward_scale: str = opt("slope", "student", "slope = R over its batch mean |dR/da|, so that sigma is a "
-                            "pull on the action in the CTM loss's units; none = Eq. 8", choices=("slope", "none"))
-    ctm_distance: str = opt("pseudo-huber", "student", "d of Eq. 5", choices=("squared", "pseudo-huber"))
-    dsm_target: str = opt("denoiser", "student", "what Eq. 7 compares with x0: denoiser = g(x_t, t, t), "
-                          "keeps unequal modes; jump = G(x_t, t, 0) (paper)", choices=("denoiser", "jump"))
-    dsm_noise: str = opt("lognormal", "student", "noise of Eq. 7: the teacher's, or mixed = half of it at "
-                         "0.76..80 (released)", choices=("lognormal", "mixed"))
-    dsm_distance: str = opt("squared", "student", "d of Eq. 7 (paper: pseudo-huber)",
+    student_steps: int = opt(1500, "student", "gradient steps; -n = n epochs [-400]")
+    student_batch: int = opt(256, "student", "windows per step [4800]", 1)
+    student_lr: float = opt(5e-4, "student", "peak AdamW learning rate [1e-4]", 1e-9, 1)
+    student_warmup: int = opt(100, "student", "linear warm-up, steps [500]", 0)
+    student_decay: float = opt(1e-4, "student", "AdamW weight decay [1e-4]", 0, 10)
+    dropout: float = opt(0.0, "student", "dropout in the student while it trains [0.2]", 0, 0.9)
+    grid_points: int = opt(80, "student", "N: levels of the grid of t, u, k [80]", 3, 10_000)
+    target_decay: float = opt(0.99, "student", "EMA decay of the frozen target, which also acts [0]", 0, 1)
+    ctm_weight: float = opt(1.0, "student", "alpha of Eq. 9 [1]", 0, 1e6)
+    dsm_weight: float = opt(1.0, "student", "beta of Eq. 9 [1]", 0, 1e6)
+    reward_weight: float = opt(-1.0, "student", "sigma of Eq. 9; 0 = CTD; -1 = released, by --env", -1, 1e6)
+    reward_scale: str = opt("slope", "student", "R in units of its mean |dR/da|, or as it is [none]",
+                            choices=("slope", "none"))
+    ctm_distance: str = opt("pseudo-huber", "student", "d of Eq. 5 [about squared]",
                             choices=("squared", "pseudo-huber"))
-    init_noise: float = opt(80.0, "student", "scale of the noise a sample starts from; may be changed when "
-                            "acting (model: 80; released: 1)", 0, 1e4)
+    dsm_target: str = opt("denoiser", "student", "what Eq. 7 compares with x0: g(x_t, t, t), which keeps "
+                          "unequal modes, or G(x_t, t, 0) [jump]", choices=("denoiser", "jump"))
+    dsm_noise: str = opt("lognormal", "student", "noise of Eq. 7: the teacher's, or half of it at 0.76..80 "
+                         "[mixed]", choices=("lognormal", "mixed"))
+    dsm_distance: str = opt("squared", "student", "d of Eq. 7 [about squared; paper: pseudo-huber]",
+                            choices=("squared", "pseudo-huber"))
+    init_noise: float = opt(1.0, "student", "scale of the initial noise; 80 = the model's own [1]", 0, 1e4)
 
-    episodes: int = opt(20, "acting", "evaluation episodes (100 for a report)", 1, 100_000)
+    episodes: int = opt(20, "acting", "evaluation episodes; 100 for a report", 1, 100_000)
     first_seed: int = opt(0, "acting", "episode i has seed first_seed + i", 0)
-    nfe: int = opt(1, "acting", "network calls per student sample", 1, 80)
-    teacher_points: int = opt(20, "acting", "levels n of the teacher's Heun sampler, 2 (n - 1) calls "
-                              "(paper: 80)", 2, 10_000)
-    candidates: int = opt(1, "acting", "best of N samples by R, in one call (beyond the paper)", 1, 10_000)
-    execute: int = opt(1, "acting", "actions of a plan executed before the next plan", 1)
-
+    nfe: int = opt(1, "acting", "network calls per student sample [1]", 1, 80)
+    teacher_points: int = opt(20, "acting", "levels n of the Heun sampler: 2 (n - 1) calls [80]", 2)
+    candidates: int = opt(1, "acting", "best of N samples by R, beyond the paper [1]", 1, 10_000)
+    execute: int = opt(1, "acting", "actions of a plan executed before the next plan [1]", 1)
 
 PRESETS = {"default": {}, "paper": dict(
     channels=(512, 1024, 2048), kernel=5, blocks=2, patch=1, embed=256,
@@ -138,27 +150,30 @@ PRESETS = {"default": {}, "paper": dict(
 
 # ---- 2. Data --------------------------------------------------------------------------------------
 
-
 @dataclass
 class Dataset:
-    """Logged transitions, one row each, in the order of their episodes."""
+    """Logged transitions, one row each, episode after episode."""
 
     name: str
     source: str                 # "D4RL", "file", "minari" or "stand-in"
     observations: np.ndarray    # (T, O) float32
     actions: np.ndarray         # (T, A) float32
     rewards: np.ndarray         # (T,) float32
-    ends: np.ndarray            # (E,) last row of each episode; the last one is T - 1
+    ends: np.ndarray            # (E,) last row of each episode
     terminated: np.ndarray      # (E,) bool: ended by the task, not by a time limit or the file's end
 
     def summary(self):
         """Counts and undiscounted episode returns, as plain numbers."""
-        begins = np.concatenate([[0], self.ends[:-1] + 1])
-        returns = np.add.reduceat(self.rewards.astype(np.float64), begins)
+        returns = np.add.reduceat(self.rewards.astype(np.float64), episode_begins(self.ends))
         return dict(name=self.name, source=self.source, transitions=len(self.rewards),
                     episodes=len(self.ends), return_best=float(returns.max()),
                     return_mean=float(returns.mean()), return_worst=float(returns.min()))
 
+    def __str__(self):
+        s, note = self.summary(), "" if self.source == "D4RL" else "; NOT comparable with the paper"
+        return (f"data: {self.name} ({self.source}{note}): {s['transitions']:,} transitions, {s['episodes']:,} "
+                f"episodes,\n      return best {s['return_best']:.0f}, mean {s['return_mean']:.0f}, worst "
+                f"{s['return_worst']:.0f}")
 
 def load_dataset(env, data=None):
     """--data: FILE.hdf5 in D4RL's layout, minari:ID, "standin", or None for the D4RL file of env."""
@@ -170,64 +185,74 @@ def load_dataset(env, data=None):
         return read_minari(data.removeprefix("minari:"), "minari")
     return read_hdf5(Path(data), Path(data).name, "file")
 
-
 def fetch_d4rl(env):
     """Path of env's file in D4RL's own cache, downloaded if need be; None where there is no network."""
     _, size, sha256 = ENVS[env]
     folder = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl" / "datasets"))
     path = folder / (env.replace("-", "_") + "-v2.hdf5")
-    partial = path.with_suffix(f".{os.getpid()}.part")
-
-    def check(file, advice):
-        with open(file, "rb") as f:
-            found = hashlib.file_digest(f, "sha256").hexdigest()
-        if found != sha256:
-            raise UserError(f"{path}: not the published file (SHA-256 {found[:12]}... instead of "
-                            f"{sha256[:12]}...); {advice}")
-        return path
-
     if path.exists():
-        return check(path, f"delete it, or pass --data {path} to use it under its own name")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(D4RL_URL + path.name, timeout=15) as reply, open(partial, "wb") as f:
-            done = 0
-            while block := reply.read(1 << 20):
-                done += f.write(block)
-                print(f"\r{path.name} [{'#' * (30 * done // size):<30}] {done / 1e6:.0f} of "
-                      f"{size / 1e6:.0f} MB", end="", flush=True)
-            print()
-        if done != size:
-            raise UserError(f"the download of {path.name} broke off after {done:,} of {size:,} bytes; "
-                            "give the same command again, or pass --data standin")
-        check(partial, "give the same command again, or pass --data standin")
-        os.replace(partial, path)
+        with open(path, "rb") as f:
+            if path.stat().st_size == size and hashlib.file_digest(f, "sha256").hexdigest() == sha256:
+                return path
+        raise UserError(f"{path} is not the published file ({size:,} bytes, SHA-256 {sha256[:12]}...); "
+                        f"delete it, or pass --data {path} to use it as it is")
+    folder.mkdir(parents=True, exist_ok=True)
+    socket.setdefaulttimeout(20)         # seconds without an answer
+    print(f"downloading {D4RL_URL}{path.name} ({size / 1e6:.0f} MB) to {folder}", flush=True)
+    try:                                 # writes aside, and renames once the hash has matched
+        torch.hub.download_url_to_file(D4RL_URL + path.name, str(path), hash_prefix=sha256)
         return path
+    except RuntimeError as error:        # torch's word for a wrong hash
+        raise UserError(f"the download of {path.name} broke off or is not the published file ({error}); "
+                        "give the same command again, or pass --data standin") from None
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        print(f"{path.name} is not in {folder} and cannot be downloaded ({error}).\nInstead, a stand-in is "
-              "made or reused: every step that Augmented Random Search takes in the same simulator. Scores\n"
-              "on it are NOT comparable with the paper's. For the real data, put the file into that folder.")
+        print(f"{path.name} is not in {folder} and cannot be downloaded ({error}).\nInstead, a stand-in "
+              "is made or reused: what Augmented Random Search tries in the same simulator.\nScores on it "
+              "are NOT comparable with the paper's. For the real data, put the file into that folder.")
         return None
-    finally:
-        partial.unlink(missing_ok=True)
 
+def simulator(env, data=None):
+    """A callable that makes the environment of a D4RL name, or the one that --data minari:ID recovers."""
+    import gymnasium
+    gymnasium.logger.min_level = gymnasium.logger.ERROR      # no advice to leave the -v4 tasks
+    if (data or "").startswith("minari:"):
+        import minari
+        return minari.load_dataset(data.removeprefix("minari:")).recover_environment
+    return lambda: gymnasium.make(TASKS[env.split("-")[0]][0])
 
-# Per task: directions tried and used, step, noise and survival bonus of the search; search steps per step
-# that the dataset keeps.
-SEARCH = {"hopper": (8, 4, 0.02, 0.025, 1.0, 1.0), "walker2d": (20, 10, 0.03, 0.025, 1.0, 3.0),
-          "halfcheetah": (8, 4, 0.02, 0.03, 0.0, 4.0)}
+# task -> directions tried and used, step, noise and survival bonus of the search, search steps per kept step
+SEARCH = {"hopper": (8, 4, 0.02, 0.025, 1.0, 1), "walker2d": (20, 10, 0.03, 0.025, 1.0, 3),
+          "halfcheetah": (8, 4, 0.02, 0.03, 0.0, 4)}
 
+def collect_standin(env, transitions=200_000, seed=0):
+    """Episodes of about `transitions` steps by Augmented Random Search V2-t (Mania, Guy, Recht 2018).
 
-def random_search(play, shape, rng, steps, directions, top, alpha, nu, bonus):
-    """Augmented Random Search V2-t (Mania, Guy, Recht 2018) for linear policies M (s - mean) / std.
-
-    play((M, mean, std)) -> an episode. Returns every episode tried, in order, and for each update
-    (mean return of its episodes, unperturbed policy).
+    The search is for a linear policy M (s - mean) / std. medium-replay: all that it tries; medium: its
+    policy half way in return; medium-expert: half that, half its best. An episode is a dict of
+    observations (L+1, O), actions (L, A), rewards, terminations and truncations (L,).
     """
-    M, mean, std, seen, tried, updates = np.zeros(shape), 0.0, 1.0, [0, 0.0, 0.0], [], []
-    while seen[0] < steps:
-        delta = rng.normal(size=(directions, *shape))
-        new = [play((M + nu * d, mean, std)) for pair in delta for d in (pair, -pair)]
+    task, kind = env.split("-", 1)
+    directions, top, alpha, nu, bonus, factor = SEARCH[task]
+    rng, world, began = np.random.default_rng(seed), simulator(task)(), time.time()
+    world.reset(seed=seed)               # later resets go on from here
+
+    def play(M, mean, std, noise=0.0):
+        states, actions, rewards, end = [world.reset()[0]], [], [], [False]
+        while not any(end):              # end = [terminated, truncated]
+            action = M @ ((states[-1] - mean) / std) + (noise and noise * rng.normal(size=len(M)))
+            actions.append(np.clip(action, -1, 1).astype(np.float32))    # the one that acts is logged
+            state, reward, *end, _ = world.step(actions[-1])
+            states.append(state)
+            rewards.append(reward)
+        last = np.arange(len(rewards)) == len(rewards) - 1
+        return dict(observations=np.float32(states), actions=np.float32(actions),
+                    rewards=np.float32(rewards), terminations=last & end[0], truncations=last & (not end[0]))
+
+    M = np.zeros(world.action_space.shape + world.observation_space.shape)
+    mean, std, count, first, second, tried, updates = 0.0, 1.0, 0, 0.0, 0.0, [], []
+    while count < factor * transitions:
+        delta = rng.normal(size=(directions, *M.shape))
+        new = [play(M + nu * d, mean, std) for pair in delta for d in (pair, -pair)]
         returns = np.array([e["rewards"].sum() for e in new])
         tried, updates = tried + new, updates + [(returns.mean(), (M, mean, std))]
         # standing still earns the survival bonus too: a search that counted it would learn to stand
@@ -236,87 +261,39 @@ def random_search(play, shape, rng, steps, directions, top, alpha, nu, bonus):
         slope = np.tensordot(gain[used, 0] - gain[used, 1], delta[used], 1)
         M = M + alpha / (top * gain[used].std()) * slope
         s = np.concatenate([e["observations"] for e in new], dtype=float)
-        seen = [a + b for a, b in zip(seen, (len(s), s.sum(0), (s * s).sum(0)))]
-        mean = seen[1] / seen[0]
-        std = np.sqrt(np.maximum(seen[2] / seen[0] - mean**2, 1e-8))
-    return tried, updates
-
-
-def collect_standin(env, transitions=200_000, seed=0):
-    """Episodes of about `transitions` steps in the simulator of a D4RL name, from a seeded search.
-
-    medium-replay: all that the search tried; medium: its policy half way in return; medium-expert:
-    half that, half its best. Each episode: observations (L+1, O), actions (L, A), rewards (L,), all
-    float32, and whether it terminated. Same seed and libraries, same arrays.
-    """
-    import gymnasium
-    gymnasium.logger.min_level = gymnasium.logger.ERROR
-    task, kind = env.split("-", 1)
-    world = gymnasium.make(TASKS[task][0], disable_env_checker=True)
-    world.reset(seed=seed)               # later resets go on from here
-    *settings, factor = SEARCH[task]
-    rng, total = np.random.default_rng(seed), (factor + (kind != "medium-replay")) * transitions
-    began = said = time.time()
-    done, best = 0, -math.inf
-
-    def play(policy, noise=0.0):
-        nonlocal said, done, best
-        (M, mean, std), states, actions, rewards, end = policy, [world.reset()[0]], [], [], [False]
-        while not any(end):              # end = terminated, truncated
-            action = M @ ((states[-1] - mean) / std) + (noise and noise * rng.normal(size=len(M)))
-            actions.append(np.clip(action, -1, 1).astype(np.float32))    # the one that acts is logged
-            state, reward, *end, _ = world.step(actions[-1])
-            states.append(state)
-            rewards.append(reward)
-        done, best = done + len(rewards), max(best, sum(rewards))
-        if time.time() - said > 5:
-            said, left = time.time(), max(0, total / done - 1) * (time.time() - began)
-            print(f"stand-in for {env}: {min(done / total, 1):4.0%} of {total:,.0f} steps, best return "
-                  f"{best:.0f}, ETA {left:.0f} s", flush=True)
-        return dict(observations=np.float32(states), actions=np.float32(actions),
-                    rewards=np.float32(rewards), terminated=bool(end[0]))
-
-    shape = world.action_space.shape + world.observation_space.shape
-    tried, updates = random_search(play, shape, rng, factor * transitions, *settings)
+        count, first, second = count + len(s), first + s.sum(0), second + (s * s).sum(0)
+        mean = first / count
+        std = np.sqrt(np.maximum(second / count - mean**2, 1e-8))
+        done = min(count / (factor * transitions), 1)
+        print(f"\rstand-in for {env}: {done:4.0%} of {factor * transitions:,} search steps, mean return "
+              f"{returns.mean():5.0f}, ETA {(1 / done - 1) * (time.time() - began):3.0f} s ", end="", flush=True)
+    print()
     if kind == "medium-replay":          # evenly spaced whole episodes where the search took longer
-        count = round(len(tried) * min(transitions / done, 1))
-        return [tried[i] for i in np.linspace(0, len(tried) - 1, count, dtype=int)]
+        kept = round(len(tried) * min(transitions / sum(len(e["rewards"]) for e in tried), 1))
+        return [tried[i] for i in np.linspace(0, len(tried) - 1, kept, dtype=int)]
     top, expert = max(updates, key=lambda update: update[0])
     _, medium = min(updates, key=lambda update: abs(update[0] - (updates[0][0] + top) / 2))
-    episodes, begin = [], done
-    while done < begin + transitions:    # action noise, or all episodes would be nearly the same
-        late = kind == "medium-expert" and done >= begin + transitions / 2
-        episodes.append(play(expert if late else medium, noise=0.1))
+    episodes, steps = [], 0
+    while steps < transitions:           # action noise, or all episodes would be nearly the same
+        late = kind == "medium-expert" and steps >= transitions / 2
+        episodes.append(play(*(expert if late else medium), noise=0.1))
+        steps += len(episodes[-1]["rewards"])
     return episodes
 
-
 def make_standin(env, transitions=200_000):
-    """Id of the local Minari dataset that stands in for env's D4RL file; collected if it is not there."""
+    """Id of the local Minari dataset that stands in for env's D4RL file, collected if it is missing."""
     import minari
-    dataset_id = f"ractd/{env}-standin-v0"
-    root = minari.storage.get_dataset_path()
-    if (root / dataset_id).exists():
-        return dataset_id
-    buffers = []
-    for e in collect_standin(env, transitions):
-        last = np.arange(len(e["rewards"])) == len(e["rewards"]) - 1
-        buffers.append(minari.data_collector.EpisodeBuffer(
-            observations=e["observations"], actions=e["actions"], rewards=e["rewards"],
-            terminations=last & e["terminated"], truncations=last & (not e["terminated"])))
-    # Minari writes in place, and half a dataset would pass for one: write aside, then rename
-    with tempfile.TemporaryDirectory(prefix=".ractd-", dir=root) as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # no author, no link: it stays local
-        os.environ["MINARI_DATASETS_PATH"], before = folder, os.environ.get("MINARI_DATASETS_PATH")
-        try:
+    dataset_id, root = f"ractd/{env}-standin-v0", minari.storage.get_dataset_path()
+    if not (root / dataset_id).exists():
+        buffers = [minari.data_collector.EpisodeBuffer(**e) for e in collect_standin(env, transitions)]
+        # Minari writes in place, and half a dataset would pass for one: write aside, then rename
+        with tempfile.TemporaryDirectory(prefix=".ractd-", dir=root) as folder, \
+                warnings.catch_warnings(), mock.patch.dict(os.environ, MINARI_DATASETS_PATH=folder):
+            warnings.simplefilter("ignore")      # no author, no link: it stays local
             minari.create_dataset_from_buffers(dataset_id, buffers, env=TASKS[env.split("-")[0]][0],
                                                algorithm_name="ARS V2-t")
-        finally:
-            os.environ.pop("MINARI_DATASETS_PATH")
-            if before is not None:
-                os.environ["MINARI_DATASETS_PATH"] = before
-        os.renames(f"{folder}/{dataset_id}", root / dataset_id)
+            os.renames(f"{folder}/{dataset_id}", root / dataset_id)
     return dataset_id
-
 
 def read_hdf5(path, name, source):
     """A file in D4RL's layout: observations, actions, rewards, terminals, timeouts, one row a step."""
@@ -333,26 +310,22 @@ def read_hdf5(path, name, source):
         raise UserError(f"{path} is no HDF5 file, or is cut short ({error})") from None
     return assemble(name, source, *arrays)
 
-
 def read_minari(dataset_id, source):
     """A Minari dataset of Box observations and actions: a local one, or through minari's download."""
     import minari
     try:
         local = dataset_id in minari.list_local_datasets()
-        dataset = minari.load_dataset(dataset_id, download=not local)
-        episodes = list(dataset.iterate_episodes())
+        episodes = list(minari.load_dataset(dataset_id, download=not local).iterate_episodes())
+        # an episode holds one observation more than actions: the last one, on which nobody acted
+        arrays = [np.concatenate([getattr(e, key)[:len(e.rewards)] for e in episodes])
+                  for key in ("observations", "actions", "rewards", "terminations", "truncations")]
+    except (TypeError, KeyError):        # slices of dicts and tuples
+        raise UserError(f"minari dataset {dataset_id}: its spaces are not Box") from None
     except Exception as error:           # minari raises many types: bad id, no network, missing extra
         raise UserError(f"minari cannot load {dataset_id!r} ({type(error).__name__}: {error}); a remote "
                         "dataset needs a network and `pip install 'minari[hf,gcs]'`") from None
-    if not episodes or any(isinstance(x, (dict, tuple)) for e in episodes[:1] for x in (e.observations, e.actions)):
-        raise UserError(f"minari dataset {dataset_id} is empty or its spaces are not Box")
-    ends = np.cumsum([len(e.rewards) for e in episodes]) - 1
-    terminals, timeouts = np.zeros((2, ends[-1] + 1), bool)
-    terminals[ends], timeouts[ends] = [bool(e.terminations[-1]) for e in episodes], True
-    # an episode holds one observation more than actions: the last one, on which nobody acted
-    return assemble(dataset_id, source, *(np.concatenate([x(e) for e in episodes]) for x in (
-        lambda e: e.observations[:-1], lambda e: e.actions, lambda e: e.rewards)), terminals, timeouts)
-
+    arrays[4][np.cumsum([len(e.rewards) for e in episodes]) - 1] = True      # also where it was cut off
+    return assemble(dataset_id, source, *arrays)
 
 def assemble(name, source, observations, actions, rewards, terminals, timeouts):
     """Check the arrays, saying what is wrong and where, and find the episodes."""
@@ -362,25 +335,24 @@ def assemble(name, source, observations, actions, rewards, terminals, timeouts):
             raise UserError(f"{name}: {key} has type {array.dtype}, not numbers")
         if array.ndim != dims or 0 in array.shape or len(array) != len(observations):
             raise UserError(f"{name}: {key} has shape {array.shape}, expected ({len(observations)},"
-                            f"{' D)' if dims == 2 else ')'} as for {len(observations)} observations")
-        if not np.isfinite(array).all():
-            row = int(np.argwhere(~np.isfinite(array))[0][0])
-            raise UserError(f"{name}: {key} is NaN or infinite in row {row}")
-    terminals, timeouts = terminals.astype(bool), timeouts.astype(bool)
-    ends = np.flatnonzero(terminals | timeouts)
+                            f"{' D)' if dims == 2 else ')'} beside {len(observations)} observations")
+        if not (finite := np.isfinite(array)).all():
+            raise UserError(f"{name}: {key} is NaN or infinite in row {np.argwhere(~finite)[0][0]}")
+    ends = np.flatnonzero((terminals != 0) | (timeouts != 0))
     if not len(ends):
         raise UserError(f"{name}: no episode ends; terminals and timeouts are all false")
     if ends[-1] != len(rewards) - 1:     # cut off by the file's end: kept, and treated as a time limit
         ends = np.append(ends, len(rewards) - 1)
-    return Dataset(name, source, observations.astype(np.float32), actions.astype(np.float32),
-                   rewards.astype(np.float32), ends, terminals[ends])
+    return Dataset(name, source, *(x.astype(np.float32) for x in (observations, actions, rewards)),
+                   ends, terminals[ends] != 0)
 
+def episode_begins(ends):
+    """Last rows of the episodes (E,) -> their first rows (E,)."""
+    return np.concatenate([[0], ends[:-1] + 1])
 
 def window_starts(ends, horizon):
     """First rows of all windows of `horizon` rows inside one episode, the last window included: (W,)."""
-    begins = np.concatenate([[0], ends[:-1] + 1])
-    return np.concatenate([np.arange(b, max(b, e - horizon + 2)) for b, e in zip(begins, ends)])
-
+    return np.concatenate([np.arange(b, max(b, e - horizon + 2)) for b, e in zip(episode_begins(ends), ends)])
 
 def returns_to_go(rewards, ends, terminated, gamma=0.99, timeout="extend"):
     """Discounted sum of rewards from each row to its episode's end: (T,) float64.
@@ -389,7 +361,7 @@ def returns_to_go(rewards, ends, terminated, gamma=0.99, timeout="extend"):
     rewards would give for ever, mean / (1 - gamma); "cut" adds nothing (released), so that states
     near step 1000 look bad.
     """
-    begins = np.concatenate([[0], ends[:-1] + 1])
+    begins = episode_begins(ends)
     after = np.array([rewards[max(b, e - 99):e + 1].mean() / (1 - gamma) if timeout == "extend" and not t
                       else 0.0 for b, e, t in zip(begins, ends, terminated)])
     result, lengths = np.empty(len(rewards)), ends - begins + 1
@@ -399,89 +371,75 @@ def returns_to_go(rewards, ends, terminated, gamma=0.99, timeout="extend"):
         result[rows] = after[alive] = rewards[rows] + gamma * after[alive]
     return result
 
-
 class Normalizer:
     """Min-max maps to [-1, 1] per dimension, by name ("obs", "action", "return"); saved with every model.
 
-    A constant dimension is encoded as 0 and decoded to itself.
+    tables: name -> [centre (D,), half range (D,)]. A constant dimension is encoded as 0.
     """
 
     def __init__(self, tables):
-        self.tables = tables             # name -> [centre (D,), scale (D,)], float32 tensors
+        self.tables = tables
 
     @classmethod
-    def fit(cls, **arrays):
+    def fit(cls, device="cpu", **arrays):
         """From training data: name=array (T, D)."""
-        bounds = {name: (torch.as_tensor(x.min(0)), torch.as_tensor(x.max(0))) for name, x in arrays.items()}
-        return cls({name: [((high + low) / 2).float(),
-                           torch.where(high - low > 1e-6, (high - low) / 2, 1.0).float()]
-                    for name, (low, high) in bounds.items()})
-
-    def to(self, device):
-        """The same maps on a device."""
-        return Normalizer({name: [x.to(device) for x in pair] for name, pair in self.tables.items()})
+        tables = {}
+        for name, x in arrays.items():
+            low, high = (torch.tensor(v, dtype=torch.float32, device=device) for v in (x.min(0), x.max(0)))
+            tables[name] = [(high + low) / 2, torch.where(high - low > 1e-6, (high - low) / 2, 1.0)]
+        return cls(tables)
 
     def encode(self, name, x):
         """Raw (..., D) -> normalised (..., D)."""
-        centre, scale = self.tables[name]
-        return (x - centre) / scale
+        return (x - self.tables[name][0]) / self.tables[name][1]
 
     def decode(self, name, x):
         """Normalised (..., D) -> raw (..., D)."""
-        centre, scale = self.tables[name]
-        return x * scale + centre
-
+        return x * self.tables[name][1] + self.tables[name][0]
 
 class Batches:
     """A dataset as normalised tensors on the device; batches are drawn by indexing alone."""
 
     def __init__(self, dataset, config, device, normalizer=None):
-        go = returns_to_go(dataset.rewards, dataset.ends, dataset.terminated, config.gamma, config.timeout)
-        self.normalizer = (normalizer or Normalizer.fit(**{
-            "obs": dataset.observations, "action": dataset.actions, "return": go[:, None]})).to(device)
-
-        def encoded(name, x):
-            return self.normalizer.encode(name, torch.as_tensor(x, dtype=torch.float32, device=device))
-
-        self.obs = encoded("obs", dataset.observations)                                  # (T, O)
-        self.actions = encoded("action", dataset.actions)                                # (T, A)
-        self.returns_to_go = encoded("return", go[:, None]).squeeze(-1)                  # (T,)
-        lengths = np.diff(dataset.ends, prepend=-1)
-        self.begins = torch.as_tensor(np.repeat(dataset.ends - lengths + 1, lengths), device=device)  # (T,)
-        self.starts = torch.as_tensor(window_starts(dataset.ends, config.horizon), device=device)    # (W,)
-        if not len(self.starts):
+        begins, starts = episode_begins(dataset.ends), window_starts(dataset.ends, config.horizon)
+        lengths = dataset.ends - begins + 1
+        if not len(starts):
             raise UserError(f"{dataset.name}: no episode is as long as --horizon {config.horizon}; the "
                             f"longest has {lengths.max()} steps")
+        go = returns_to_go(dataset.rewards, dataset.ends, dataset.terminated, config.gamma, config.timeout)
+        raw = {"obs": dataset.observations, "action": dataset.actions, "return": go[:, None]}
+        self.normalizer = normalizer or Normalizer.fit(device, **raw)
+        self.obs, self.actions, returns = (                                      # (T, O), (T, A), (T, 1)
+            self.normalizer.encode(name, torch.tensor(x, dtype=torch.float32, device=device))
+            for name, x in raw.items())
+        self.returns_to_go = returns.squeeze(1)                                  # (T,)
+        self.begins = torch.tensor(np.repeat(begins, lengths), device=device)    # (T,)
+        self.starts = torch.tensor(starts, device=device)                        # (W,)
         self.chunk = torch.arange(config.horizon, device=device)
         self.past = torch.arange(1 - config.history, 1, device=device)
-        short = int((lengths < config.horizon).sum())
-        self.counts = (f"{len(dataset.ends):,} episodes, {len(go):,} transitions, {len(self.starts):,} windows "
-                       f"of {config.horizon}; no windows in {short:,} short episodes, none starts in the last "
-                       f"{config.horizon - 1} rows of the others; R trains on all")
+        self.counts = (f"{len(starts):,} windows of {config.horizon} actions; dropped: "
+                       f"{(lengths < config.horizon).sum():,} shorter episodes, and the last "
+                       f"{config.horizon - 1} rows of the others as starts; R trains on every row")
 
     def states(self, rows):
-        """(B,) rows -> (B, h * O): the last h states, an episode's first one repeated backwards."""
-        rows = torch.maximum(rows[:, None] + self.past, self.begins[rows][:, None])
-        return self.obs[rows].flatten(1)
+        """(B,) rows -> (B, h O): the last h observations, an episode's first one repeated backwards."""
+        return self.obs[torch.maximum(rows[:, None] + self.past, self.begins[rows][:, None])].flatten(1)
 
     def windows(self, batch):
-        """Random windows: state (B, h * O) and the actions x0 (B, H, A) taken from there."""
+        """Random windows: state (B, h O) and the actions x0 (B, H, A) taken from there."""
         rows = self.starts[torch.randint(len(self.starts), (batch,), device=self.starts.device)]
         return self.states(rows), self.actions[rows[:, None] + self.chunk]
 
     def transitions(self, batch):
-        """Random transitions, any row: state (B, h * O), action (B, A), return-to-go (B,)."""
+        """Random transitions, any row: state (B, h O), action (B, A), return-to-go (B,)."""
         rows = torch.randint(len(self.obs), (batch,), device=self.obs.device)
         return self.states(rows), self.actions[rows], self.returns_to_go[rows]
 
-
-# ---- 3. Network (released code: 1-D temporal U-Net, its blocks scaled and shifted by a condition) --
-
+# ---- 3. Network (released: a 1-D temporal U-Net whose blocks are scaled and shifted by a condition) --
 
 def expand(t):
     """(B,) -> (B, 1, 1), so that one noise level per sample multiplies a whole chunk (B, H, A)."""
     return t[:, None, None]
-
 
 class LevelEmbedding(nn.Module):
     """Noise level (B,) -> (B, width): sinusoids of 250 ln(level), then a two-layer MLP."""
@@ -494,30 +452,26 @@ class LevelEmbedding(nn.Module):
 
     def forward(self, level):
         angles = 250 * level.log()[:, None] * self.frequencies
-        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
-
+        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=1))
 
 class TemporalConv(nn.Module):
-    """Convolution over time (B, L, C_in) -> (B, L, C_out), norm and SiLU.
+    """Convolution over time (B, L, C_in) -> (B, L, C_out), LayerNorm, SiLU (released: GroupNorm, Mish).
 
-    One matrix product over the `kernel` shifted copies of the input: for chunks this short that is
-    about as fast on a CPU as the library's convolutions at large batches, and faster at batch 1.
+    One matrix product over the `kernel` shifted copies of the input: for chunks this short faster on
+    a CPU than the library's convolution.
     """
 
     def __init__(self, c_in, c_out, kernel):
         super().__init__()
-        self.kernel = kernel
-        self.linear, self.norm = nn.Linear(kernel * c_in, c_out), nn.LayerNorm(c_out)
+        self.kernel, self.linear, self.norm = kernel, nn.Linear(kernel * c_in, c_out), nn.LayerNorm(c_out)
 
     def forward(self, x):
-        length, half = x.shape[1], self.kernel // 2
-        x = nn.functional.pad(x, (0, 0, half, half))
-        x = torch.cat([x[:, i:i + length] for i in range(self.kernel)], dim=-1)  # (B, L, kernel * C)
-        return nn.functional.silu(self.norm(self.linear(x)))
-
+        padded = nn.functional.pad(x, (0, 0, self.kernel // 2, self.kernel // 2))
+        shifted = [padded[:, i:i + x.shape[1]] for i in range(self.kernel)]
+        return nn.functional.silu(self.norm(self.linear(torch.cat(shifted, dim=2))))
 
 class ResidualBlock(nn.Module):
-    """Two temporal convolutions with a skip; the condition scales and shifts between them (FiLM)."""
+    """Two temporal convolutions and a skip; the condition scales and shifts between them (FiLM)."""
 
     def __init__(self, c_in, c_out, kernel, dropout):
         super().__init__()
@@ -526,27 +480,26 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Linear(c_in, c_out) if c_in != c_out else nn.Identity()
 
     def forward(self, x, film):
-        scale, shift = film[:, None].chunk(2, dim=-1)                            # (B, 1, C)
+        scale, shift = film[:, None].chunk(2, dim=2)                             # (B, 1, C)
         return self.second(self.dropout(self.first(x) * (1 + scale) + shift)) + self.skip(x)
-
 
 class UNet1d(nn.Module):
     """F(x, t, state[, k]): a temporal U-Net over a chunk of H actions; teacher and student share it.
 
-    x (B, H, A), t (B,) > 0, state (B, S), and for the student k (B,) > 0  ->  (B, H, A). `patch`
-    actions are folded into one position first, and each level down halves the positions: H must be
-    divisible by patch * 2^(levels - 1). The embedding of k starts at zero output, so that a student
-    loaded with the teacher's weights is the teacher (warm start).
+    x (B, H, A), t (B,) > 0, state (B, S), for the student k (B,) > 0 -> (B, H, A). `patch` actions
+    are folded into one position first, and each level down halves the positions: H must be a multiple
+    of patch 2^(levels - 1). The embedding of k starts at zero, so that a student loaded with the
+    teacher's weights is the teacher (warm start).
     """
 
-    def __init__(self, action_dim, state_dim, channels=(64, 128), kernel=3, blocks=1, patch=4,
-                 embed=128, dropout=0.0, two_levels=False):
+    def __init__(self, action_dim, state_dim, channels=(64, 128), kernel=3, blocks=1, patch=4, embed=128,
+                 dropout=0.0, two_levels=False):
         super().__init__()
         self.patch, folded = patch, patch * action_dim
         self.embed_t = LevelEmbedding(embed)
         if two_levels:
             self.embed_k = LevelEmbedding(embed)
-            nn.init.zeros_(self.embed_k.mlp[-1].weight), nn.init.zeros_(self.embed_k.mlp[-1].bias)
+            nn.init.zeros_(self.embed_k.mlp[2].weight), nn.init.zeros_(self.embed_k.mlp[2].bias)
         self.condition = nn.Sequential(nn.Linear(embed + state_dim, 2 * embed), nn.SiLU(),
                                        nn.Linear(2 * embed, 2 * embed), nn.SiLU())
 
@@ -558,71 +511,63 @@ class UNet1d(nn.Module):
         self.down = nn.ModuleList(stack(a, b) for a, b in zip((folded, *channels), channels))
         self.shrink = nn.ModuleList(nn.Linear(2 * a, a) for a, _ in pairs)       # two positions -> one
         self.middle = stack(channels[-1], channels[-1])
-        self.grow = nn.ModuleList(nn.Linear(b, 2 * a) for a, b in reversed(pairs))  # one -> two
+        self.grow = nn.ModuleList(nn.Linear(b, 2 * a) for a, b in reversed(pairs))     # one -> two
         self.up = nn.ModuleList(stack(2 * a, a) for a, _ in reversed(pairs))
         self.out = nn.Linear(channels[0], folded)
-        self.film_sizes = [2 * block.first.linear.out_features for part in (*self.down, self.middle, *self.up)
-                           for block in part]
-        self.film = nn.Linear(2 * embed, sum(self.film_sizes))                   # all blocks at once
+        self.sizes = [2 * block.first.linear.out_features
+                      for part in (*self.down, self.middle, *self.up) for block in part]
+        self.film = nn.Linear(2 * embed, sum(self.sizes))                        # of all blocks at once
 
     def forward(self, x, t, state, k=None):
-        shape = x.shape
         embedding = self.embed_t(t) if k is None else self.embed_t(t) + self.embed_k(k)
-        cond = self.condition(torch.cat([embedding, state], dim=-1))
-        films = iter(self.film(cond).split(self.film_sizes, dim=-1))
-        x, skips = x.reshape(len(x), -1, self.patch * shape[2]), []              # (B, H/patch, patch*A)
+        condition = self.condition(torch.cat([embedding, state], dim=1))
+        films = iter(self.film(condition).split(self.sizes, dim=1))
+        h, skips = x.reshape(len(x), -1, self.patch * x.shape[2]), []            # (B, H / patch, patch A)
         for level, part in enumerate(self.down):
             for block in part:
-                x = block(x, next(films))
+                h = block(h, next(films))
             if level < len(self.shrink):
-                skips.append(x)
-                x = self.shrink[level](x.reshape(len(x), x.shape[1] // 2, -1))
+                skips.append(h)
+                h = self.shrink[level](h.reshape(len(h), h.shape[1] // 2, -1))
         for block in self.middle:
-            x = block(x, next(films))
+            h = block(h, next(films))
         for grow, part in zip(self.grow, self.up):
-            x = torch.cat([grow(x).reshape(len(x), 2 * x.shape[1], -1), skips.pop()], dim=-1)
+            h = torch.cat([grow(h).reshape(len(h), 2 * h.shape[1], -1), skips.pop()], dim=2)
             for block in part:
-                x = block(x, next(films))
-        return self.out(x).reshape(shape)
-
+                h = block(h, next(films))
+        return self.out(h).reshape(x.shape)
 
 # ---- 4. EDM teacher (RACTD Eq. 4; Karras et al. 2022) ---------------------------------------------
-
 
 def karras_sigmas(n=80, smin=SIGMA_MIN, smax=SIGMA_MAX, rho=7.0):
     """The noise grid, descending from smax to smin: (n,) float64 (Karras et al. 2022, Eq. 5)."""
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     return (smax ** (1 / rho) + ramp * (smin ** (1 / rho) - smax ** (1 / rho))) ** rho
 
-
-def lognormal_levels(batch, device, mean=-1.2, std=1.2, smin=SIGMA_MIN, smax=SIGMA_MAX):
+def lognormal_levels(batch, device="cpu", mean=-1.2, std=1.2, smin=SIGMA_MIN, smax=SIGMA_MAX):
     """Teacher noise t (B,): ln t ~ N(mean, std^2) truncated to [smin, smax], by inverse CDF.
 
-    The released code does not truncate: 1.2 % of its draws lie below smin, where k/t exceeds 1 and
-    the boundary condition of the preconditioning turns round.
+    Released code does not truncate: 1.2 % of its draws lie below smin, where k / t exceeds 1.
     """
     low, high = (0.5 * (1 + math.erf((math.log(s) - mean) / std / math.sqrt(2))) for s in (smin, smax))
     quantile = low + (high - low) * torch.rand(batch, device=device)
-    t = torch.exp(mean + std * math.sqrt(2) * torch.erfinv(2 * quantile - 1))
-    return t.clamp(smin, smax)
-
+    return torch.exp(mean + std * math.sqrt(2) * torch.erfinv(2 * quantile - 1)).clamp(smin, smax)
 
 def denoise(net, x, t, state, k=None):
-    """The denoiser D(x, t) of the teacher, or g(x, t, k) of the student, from the raw network F.
+    """The teacher's denoiser D(x, t), or the student's g(x, t, k), from the raw network F.
 
     x (B, H, A), t (B,), state (B, S), k (B,) or None -> estimate of the clean chunk (B, H, A).
-    Preconditioning of Karras et al. 2022 with the boundary condition of consistency models at smin:
-    c_skip(smin) = 1 and c_out(smin) = 0, so that D(x, smin) = x.
+    Preconditioning of Karras et al. 2022 with the boundary condition of consistency models:
+    c_skip = 1 and c_out = 0 at smin, so that D(x, smin) = x.
     """
-    sd, s = SIGMA_DATA, expand(t)
+    s, sd = expand(t), SIGMA_DATA
     c_skip = sd**2 / ((s - SIGMA_MIN) ** 2 + sd**2)
     c_out = (s - SIGMA_MIN) * sd / (s**2 + sd**2).sqrt()
     c_in = 1 / (s**2 + sd**2).sqrt()
     return c_skip * x + c_out * net(c_in * x, t, state, k)
 
-
 def heun_step(denoiser, x, t, u):
-    """One second-order step of the ODE dx/dt = (x - D(x, t)) / t from t down to u < t. 2 calls.
+    """One second-order step of the ODE dx/dt = (x - D(x, t)) / t from t down to u < t: two calls.
 
     denoiser: any callable (x (B, H, A), t (B,)) -> (B, H, A); t, u (B,), u > 0.
     """
@@ -631,124 +576,92 @@ def heun_step(denoiser, x, t, u):
     slope_u = (euler - denoiser(euler, u)) / expand(u)
     return x + expand(u - t) * (slope + slope_u) / 2
 
-
 @torch.no_grad()
 def heun_sample(denoiser, x, sigmas):
-    """Solve the probability-flow ODE over the grid: x (B, H, A) at sigmas[0] -> (x at sigmas[-1], NFE).
+    """Solve the ODE over a descending grid (n,): x (B, H, A) at sigmas[0] -> (x at sigmas[-1], NFE).
 
-    n grid points are n - 1 Heun steps are 2 (n - 1) network calls: 158 for the paper's 80 points.
+    n levels are n - 1 Heun steps are 2 (n - 1) network calls: 158 for the paper's 80.
     """
-    levels = sigmas.to(x.device, x.dtype)[:, None].expand(-1, len(x))            # (n, B)
+    levels = sigmas.to(x)[:, None].expand(-1, len(x))                            # (n, B)
     for t, u in zip(levels, levels[1:]):
         x = heun_step(denoiser, x, t, u)
     return x, 2 * (len(sigmas) - 1)
-
 
 def squared(a, b):
     """Mean over the elements of the squared error: (B, ...) -> (B,). Its minimiser is the mean."""
     return (a - b).square().flatten(1).mean(1)
 
-
 def pseudo_huber(a, b):
     """sqrt(||a - b||^2 + c^2) - c over the whole chunk, c = 0.00054 sqrt(dim) (Song & Dhariwal 2023).
 
-    (B, ...) -> (B,). For so small a c this is the Euclidean norm, whose minimiser is the median.
+    (B, ...) -> (B,). For so small a c this is the Euclidean norm, whose minimiser is the median. (The
+    released code squares twice, sqrt(e^4 + c^2) - c per element, which is `squared` in all but name.)
     """
     error = (a - b).flatten(1)
     c = 0.00054 * math.sqrt(error.shape[1])
     return (error.square().sum(1) + c**2).sqrt() - c
 
-
 DISTANCES = {"squared": squared, "pseudo-huber": pseudo_huber}
-
 
 def edm_weight(t):
     """Loss weight of Karras et al. 2022, about 1 / c_out^2: (B,) -> (B,)."""
     return (t**2 + SIGMA_DATA**2) / (t * SIGMA_DATA) ** 2
 
-
 def edm_loss(denoiser, x0, t, noise, distance=squared):
     """Eq. 4: w(t) d(x0, D(x0 + t noise, t)), mean over the batch -> (loss, info).
 
-    The distance must be the squared error if the ODE is to be right: it needs the posterior mean
-    E[x0 | x_t], and the paper's pseudo-Huber would give a median. info: loss at low/mid/high noise.
+    The squared error, because the ODE needs the posterior mean E[x0 | x_t]; the paper's pseudo-Huber
+    gives a geometric median. info: the loss at low, middle and high noise.
     """
     loss = edm_weight(t) * distance(denoiser(x0 + expand(t) * noise, t), x0)     # (B,)
-    with torch.no_grad():
-        bands = {"low": t < 0.2, "mid": (t >= 0.2) & (t < 1), "high": t >= 1}
-        info = {name: (loss * m).sum() / m.sum().clamp(min=1) for name, m in bands.items()}
+    bands = {"low": t < 0.2, "mid": (t >= 0.2) & (t < 1), "high": t >= 1}
+    info = {name: (loss.detach() * m).sum() / m.sum().clamp(min=1) for name, m in bands.items()}
     return loss.mean(), info
 
-
-# ---- 5. Reward model (RACTD Eq. 8): predicts the return-to-go of one state and action -------------
-
-
-class ResidualMLP(nn.Module):
-    """x + Linear(SiLU(Linear(LayerNorm(x))))."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.net = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(),
-                                 nn.Linear(width, width))
-
-    def forward(self, x):
-        return x + self.net(x)
-
+# ---- 5. Reward model (RACTD Eq. 8): the return-to-go of one state and action ----------------------
 
 class RewardModel(nn.Module):
-    """R(s_n, a_n): normalised state (B, S) and current action (B, A) -> return-to-go (B,).
+    """R(s_n, a_n): normalised state (B, S) and current action (B, A) -> normalised return-to-go (B,).
 
-    The released residual MLP: 3 stages of 2 blocks, 64-128-256 wide, 0.34 M parameters; `members` of
-    them, trained on the same targets, are averaged.
+    The released residual MLP: 3 stages of 2 blocks, 64-128-256 wide.
     """
 
-    def __init__(self, state_dim, action_dim, widths=(64, 128, 256), members=1):
+    def __init__(self, state_dim, action_dim, widths=(64, 128, 256)):
         super().__init__()
-        sizes = (state_dim + action_dim,) + tuple(widths)
-        self.members = nn.ModuleList(nn.Sequential(
-            *[layer for a, b in zip(sizes, sizes[1:])
-              for layer in (nn.Linear(a, b), ResidualMLP(b), ResidualMLP(b))],
-            nn.SiLU(), nn.Linear(sizes[-1], 1)) for _ in range(members))
-
-    def each(self, state, action):
-        """The members' own predictions: (members, B)."""
-        x = torch.cat([state, action], dim=-1)
-        return torch.stack([member(x).squeeze(-1) for member in self.members])
+        self.enter = nn.ModuleList(nn.Linear(a, b) for a, b in zip((state_dim + action_dim, *widths), widths))
+        self.blocks = nn.ModuleList(nn.ModuleList(nn.Sequential(
+            nn.LayerNorm(b), nn.Linear(b, b), nn.SiLU(), nn.Linear(b, b)) for _ in range(2)) for b in widths)
+        self.out = nn.Sequential(nn.SiLU(), nn.Linear(widths[-1], 1))
 
     def forward(self, state, action):
-        return self.each(state, action).mean(0)
+        x = torch.cat([state, action], dim=1)
+        for enter, blocks in zip(self.enter, self.blocks):
+            x = enter(x)
+            for block in blocks:
+                x = x + block(x)
+        return self.out(x).squeeze(1)
 
-
-def reward_model_loss(predictions, target, expectile=0.5):
-    """Regression of the return-to-go: predictions (M, B), target (B,) -> (loss, info).
-
-    expectile 0.5 is the plain squared error of the paper; above it, the better of the returns that
-    were seen after an action weigh more.
-    """
-    error = target - predictions
-    weight = torch.where(error > 0, 2 * expectile, 2 * (1 - expectile))
-    return (weight * error.square()).mean(), {"rmse": error.detach().square().mean().sqrt()}
-
+def reward_model_loss(prediction, returns_to_go):
+    """Squared error of R, both (B,) -> (loss, info)."""
+    loss = (prediction - returns_to_go).square().mean()
+    return loss, {"rmse": loss.detach().sqrt()}
 
 # ---- 6. CTM student and its three losses (RACTD Eqs. 5-9; Kim et al. 2024) ------------------------
 
-
 def mix(x, g, t, k):
-    """G = (k/t) x + (1 - k/t) g: exactly x at k = t, exactly g at k = 0 (Kim et al. 2024)."""
+    """G = (k/t) x + (1 - k/t) g: exactly x at k = t, g at k = 0 (Kim et al. 2024)."""
     ratio = expand(k / t)
     return ratio * x + (1 - ratio) * g
 
-
 def student_jump(net, x, t, k, state):
-    """G(x, t, k) of Eq. 6: from noise level t straight to k <= t, one network call. (B, H, A)."""
+    """G(x, t, k) of Eq. 6: from noise level t straight to k <= t in one network call; (B, H, A)."""
     return mix(x, denoise(net, x, t, state, k), t, k)
 
-
 def draw_jumps(batch, sigmas):
-    """Grid levels t > u >= k, each (B,), of one CTM sample; u is one grid step below t.
+    """Grid levels t > u >= k, each (B,), of a batch of CTM samples; u lies one grid step below t.
 
-    i_t ~ U{0..n-2}, i_u = i_t + 1, i_k ~ U{i_t+1..n-1}: k = u, the direct anchor on the teacher, is
-    among them; u = t, which would teach nothing, is not (15 % of the released code's draws).
+    i_t ~ U{0..n-2}, i_u = i_t + 1, i_k ~ U{i_u..n-1}. k = u, the direct anchor on the teacher, is among
+    them; u = t, which teaches nothing, is not (15 % of the released code's draws).
     """
     n = len(sigmas)
     i_t = torch.randint(n - 1, (batch,), device=sigmas.device)
@@ -756,62 +669,55 @@ def draw_jumps(batch, sigmas):
     i_k = i_u + (torch.rand(batch, device=sigmas.device) * (n - i_u)).long()
     return sigmas[i_t], sigmas[i_u], sigmas[i_k]
 
-
-def mixed_levels(batch, device, rho=7.0):
+def mixed_levels(batch, device="cpu", rho=7.0):
     """Released noise of Eq. 7 (B,): half the teacher's, half uniform over the grid's 80 .. 0.76."""
     high, low = SIGMA_MAX ** (1 / rho), SIGMA_MIN ** (1 / rho)
     warped = (high + 0.7 * torch.rand(batch, device=device) * (low - high)) ** rho
     return torch.where(torch.rand(batch, device=device) < 0.5, warped, lognormal_levels(batch, device))
 
-
 def ctm_loss(x_hat, x_ref, jump_to_zero, distance=pseudo_huber):
-    """Eq. 5: compare the student's jump with the teacher's, both carried on to 0 -> (loss, info).
+    """Eq. 5: the student's jump against the teacher's, both carried on to 0 -> (loss, info).
 
-    x_hat (B, H, A) = G(x_t, t, k), the student's own, with gradient; x_ref = G_sg(Solver(x_t, t, u),
-    u, k), without (both Eq. 6). jump_to_zero: callable (x at k) -> x at 0, frozen in its weights
-    but not in its input, through which the student's gradient must pass.
+    x_hat (B, H, A) = G(x_t, t, k), with gradient; x_ref = G_sg(Solver(x_t, t, u), u, k), without (both
+    Eq. 6). jump_to_zero: callable, x at k -> x at 0, frozen in its weights but not in its input:
+    the student's gradient passes through it.
     """
     with torch.no_grad():
         target = jump_to_zero(x_ref)
     loss = distance(jump_to_zero(x_hat), target).mean()
     return loss, {"ctm": loss.detach()}
 
-
 def dsm_loss(prediction, x0, t, distance=squared):
     """Eq. 7: w(t) d(x0, prediction of x0 from x_t), mean over the batch -> (loss, info).
 
-    prediction (B, H, A) = g(x_t, t, t), the student as a denoiser (Kim et al. 2024; the default here),
-    or G(x_t, t, 0), Eq. 7 to the letter, which asks the end point of the ODE to be a mean or median.
+    prediction (B, H, A): g(x_t, t, t), the student as a denoiser (Kim et al. 2024; default), or
+    G(x_t, t, 0), Eq. 7 to the letter, which asks the end point of an ODE path to be a mean or median.
     """
     loss = (edm_weight(t) * distance(prediction, x0)).mean()
     return loss, {"dsm": loss.detach()}
 
-
-def reward_loss(reward_model, state, action, unit_slope=True):
+def reward_loss(reward_model, state, action, pull=None):
     """Eq. 8: -R(s_n, a_n), mean over the batch -> (loss, info).
 
-    state (B, S), action (B, A): the current action of the student's one-step sample, normalised. It is
-    clipped to the action box first: outside the data R extrapolates, and its gradient runs away.
-    unit_slope divides by the batch mean of ||dR/da||, so that the pull on the action is 1 whatever
-    the scale of R; the distillation losses pull with a norm of order 1 too, hence one weight for all
-    tasks. False is Eq. 8 to the letter.
+    state (B, S); action (B, A): the current action of the student's one-step sample, clipped here to
+    the action box [-1, 1], outside which R extrapolates and its gradient runs away. With a pull, R is
+    measured in units of its batch mean |dR/da| / pull: the gradient on the action has that norm
+    whatever the range of R, beside a CTM loss whose gradient on the chunk has norm 1. None is Eq. 8.
     """
     action = action.clamp(-1, 1)
-    value = reward_model(state, action)
-    scale = 1.0
-    if unit_slope:
+    value = reward_model(state, action)                                          # (B,)
+    loss = -value.mean()
+    if pull is not None:
         slope, = torch.autograd.grad(value.sum(), action, retain_graph=True)     # (B, A)
-        scale = slope.norm(dim=-1).mean().clamp(min=1e-8)
-    loss = -(value / scale).mean()
+        loss = loss * pull / slope.norm(dim=1).mean().clamp(min=1e-8)
     return loss, {"R": value.detach().mean()}
-
 
 def distillation_loss(student, target, teacher, reward_model, state, x0, config):
     """Eq. 9: alpha L_CTM + beta L_DSM + sigma L_Reward on one batch -> (loss, info).
 
-    student: the network that trains; target, teacher: frozen networks; reward_model: frozen callable
-    (state, action) -> (B,); state (B, S), x0 (B, H, A), all normalised. config: a Config, of which
-    the student's fields are used. The student is called once, on the inputs of all three losses.
+    target, teacher: frozen networks; reward_model: frozen callable (state, action) -> (B,); state
+    (B, S), x0 (B, H, A), normalised. config: a Config, of which the student's fields are used. The
+    student is called once, on the inputs of all three losses side by side.
     """
     sigmas = karras_sigmas(config.grid_points).to(x0)
     t, u, k = draw_jumps(len(x0), sigmas)
@@ -821,61 +727,81 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
         x_u = heun_step(lambda x, t: denoise(teacher, x, t, state), x_t, t, u)
         x_ref = student_jump(target, x_u, u, k, state)
 
-    jumps = {"ctm": (x_t, t, k)}         # name -> where the student starts, from which level to which
+    jumps = {"ctm": (x_t, t, k)}         # loss -> where the student starts, from which level, to which
     if config.dsm_weight:
-        levels = lognormal_levels if config.dsm_noise == "lognormal" else mixed_levels
-        s = levels(len(x0), x0.device)
+        s = (lognormal_levels if config.dsm_noise == "lognormal" else mixed_levels)(len(x0), x0.device)
         jumps["dsm"] = (x0 + expand(s) * torch.randn_like(x0), s, s if config.dsm_target == "denoiser" else zero)
     if config.reward_weight:             # the policy's own sample: G(x_T, T, 0)
         jumps["reward"] = (config.init_noise * torch.randn_like(x0), torch.full_like(t, SIGMA_MAX), zero)
     x, start, end = (torch.cat(parts) for parts in zip(*jumps.values()))
-    g = denoise(student, x, start, state.repeat(len(jumps), 1), end)
-    jumped = dict(zip(jumps, mix(x, g, start, end).split(len(x0))))
+    outputs = denoise(student, x, start, state.repeat(len(jumps), 1), end).split(len(x0))
+    g = dict(zip(jumps, outputs))                                                # loss -> (B, H, A)
 
-    losses = {"ctm": ctm_loss(jumped["ctm"], x_ref, lambda x: student_jump(target, x, k, zero, state),
-                              DISTANCES[config.ctm_distance])}
-    if "dsm" in jumps:
-        guess = g[len(x0):2 * len(x0)] if config.dsm_target == "denoiser" else jumped["dsm"]
-        losses["dsm"] = dsm_loss(guess, x0, s, DISTANCES[config.dsm_distance])
-    if "reward" in jumps:
-        losses["reward"] = reward_loss(reward_model, state, jumped["reward"][:, 0],
-                                       config.reward_scale == "slope")
+    def to_zero(x):                      # G_sg(x, k, 0) of Eq. 5
+        return student_jump(target, x, k, zero, state)
+
+    losses = {"ctm": ctm_loss(mix(x_t, g["ctm"], t, k), x_ref, to_zero, DISTANCES[config.ctm_distance])}
+    if config.dsm_weight:
+        x_s, s, end = jumps["dsm"]
+        x_hat = g["dsm"] if config.dsm_target == "denoiser" else mix(x_s, g["dsm"], s, end)
+        losses["dsm"] = dsm_loss(x_hat, x0, s, DISTANCES[config.dsm_distance])
+    if config.reward_weight:
+        x_T, T, end = jumps["reward"]
+        losses["reward"] = reward_loss(reward_model, state, mix(x_T, g["reward"], T, end)[:, 0],
+                                       REWARD_PULL if config.reward_scale == "slope" else None)
     weights = dict(ctm=config.ctm_weight, dsm=config.dsm_weight, reward=config.reward_weight)
     loss = sum(weights[name] * term for name, (term, _) in losses.items())
     return loss, {key: value for _, info in losses.values() for key, value in info.items()}
 
-
 @torch.no_grad()
 def student_sample(jump, noise, sigmas, nfe=1, init_noise=SIGMA_MAX, renoise=torch.randn_like):
-    """xhat_0 = G(x_T, T, 0), the policy's single network call; optionally nfe - 1 refinements.
+    """xhat_0 = G(x_T, T, 0), the policy's one network call; optionally nfe - 1 refinements.
 
-    jump: callable (x, t, k) -> x; noise (B, H, A) ~ N(0, 1); init_noise: its scale (SIGMA_MAX is the
-    model's own prior). Later calls restart from fresh noise at grid indices ceil(i n / nfe): 27 and
-    54 of 80 for nfe = 3, sigma 12.0 and 0.885. Returns (x (B, H, A), nfe).
+    jump: callable (x, t, k) -> x; noise (B, H, A) ~ N(0, 1), taken init_noise times; a refinement
+    restarts from fresh noise at grid index ceil(i n / nfe): 27 and 54 of 80 for nfe = 3, sigma 12.0
+    and 0.885. Returns (x (B, H, A), nfe).
     """
-    levels = sigmas.to(noise.device, noise.dtype)[:, None].expand(-1, len(noise))
+    levels = sigmas.to(noise)[:, None].expand(-1, len(noise))                    # (n, B)
     x = jump(init_noise * noise, levels[0], levels[-1])
     for i in range(1, nfe):
         t = levels[-(-i * len(sigmas) // nfe)]
         x = jump(x + expand((t**2 - SIGMA_MIN**2).sqrt()) * renoise(x), t, levels[-1])
     return x, nfe
 
-
 # ---- 7. Training ----------------------------------------------------------------------------------
 
+@contextmanager
+def replacing(path):
+    """A binary file that takes the place of `path` once it is written whole, or never."""
+    partial = Path(path).with_suffix(".part")
+    with open(partial, "wb") as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
 
-@dataclass
-class Run:
-    """What a command works with: the resolved arguments."""
+def load_checkpoint(path, stage, device):
+    """A checkpoint of that stage, or UserError saying what is wrong with the file."""
+    if not Path(path).is_file():
+        raise UserError(f"no trained {stage} at {path}: `ractd.py distill` trains whatever is missing")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        found = checkpoint["stage"]
+    except Exception as error:           # torch and pickle raise many types for a damaged file
+        raise UserError(f"{path} is damaged, or is not a checkpoint of this program "
+                        f"({type(error).__name__}); move it away and give the same command again") from None
+    if found != stage:
+        raise UserError(f"{path} holds a {found}, not a {stage}")
+    return checkpoint
 
-    env: str                    # D4RL name, or the Minari id
-    data: str | None            # --data as given
-    out: Path
-    device: torch.device
-    config: Config
-    given: set                  # hyperparameters named on the command line
-    save_every: float           # seconds between checkpoints
+def frozen(net):
+    """The network in eval mode with no gradient to its weights, once and for all."""
+    return net.eval().requires_grad_(False)
 
+@torch.no_grad()
+def ema_update(target, online, decay):
+    """target <- decay target + (1 - decay) online: decay 0 copies, decay 1 never moves."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - decay)
 
 def cosine(step, steps, warmup):
     """Learning-rate factor: linear warm-up, then half a cosine down to 0."""
@@ -883,105 +809,38 @@ def cosine(step, steps, warmup):
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-
-def ema_decay(step):
-    """Released schedule of the EMA decay: min(0.9999, 1 - (1 + n)^-0.75)."""
-    return min(0.9999, 1 - (1 + step) ** -0.75)
-
-
-@torch.no_grad()
-def ema_update(target, online, decay):
-    """target <- decay target + (1 - decay) online: decay 0 copies, decay 1 never moves."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - decay)
-
-
-def frozen(net):
-    """The network in eval mode with no gradient to its weights, once and for all."""
-    return net.eval().requires_grad_(False)
-
-
-def save_checkpoint(path, checkpoint):
-    """Plain tensors and Python values, to a temporary name and then renamed: whole or not at all."""
-    partial = path.with_suffix(".part")
-    with open(partial, "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
-
-
-def load_checkpoint(path, stage, device):
-    """A checkpoint of that stage, or UserError saying what is wrong with the file."""
-    if not Path(path).is_file():
-        raise UserError(f"no trained {stage} at {path}; `python ractd.py distill` trains all that is missing")
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        found = checkpoint["stage"]
-    except Exception as error:           # torch and pickle raise many types for a damaged file
-        raise UserError(f"{path} is damaged or is not a checkpoint of this program "
-                        f"({type(error).__name__}); move it away and give the same command again") from None
-    if found != stage:
-        raise UserError(f"{path} holds a {found}, not a {stage}")
-    return checkpoint
-
-
 def fit(stage, net, average, decay, loss_fn, run, meta):
     """Train `net` for config.<stage>_steps, leaving <stage>.pt and lines in log.jsonl; resumes by itself.
 
     loss_fn() draws a batch and returns (loss, {name: tensor}). average: frozen copy of net that
     follows it as an EMA with decay(step), and is what is used afterwards. All randomness is torch's
-    global generator, and its state is in the checkpoint: a run killed at any moment and started
-    again ends, on the CPU, in the same bits. meta: what else the checkpoint holds.
+    global generator, whose state is in the checkpoint: a run killed at any moment and started again
+    ends, on the CPU, in the same bits. run: the command line; meta: what else the checkpoint holds.
     """
-    config, path, log = run.config, run.out / f"{stage}.pt", run.out / "log.jsonl"
+    config, path, log, cuda = run.config, run.out / f"{stage}.pt", run.out / "log.jsonl", run.device.type == "cuda"
     steps, lr, warmup, weight_decay = (getattr(config, f"{stage}_{x}") for x in ("steps", "lr", "warmup", "decay"))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.95, 0.999), weight_decay=weight_decay,
-                                  fused=True)
-    step, before, cuda = 0, 0.0, run.device.type == "cuda"
+    optimizer = torch.optim.AdamW(net.parameters(), lr, (0.95, 0.999), weight_decay=weight_decay, fused=True)
+    parts, step, before = dict(net=net, ema=average, optimizer=optimizer), 0, 0.0
+    meta = dict(meta, stage=stage, version=VERSION, config=dataclasses.asdict(config), id=os.urandom(8).hex())
     if path.exists():
         saved = load_checkpoint(path, stage, run.device)
-        step, before = saved["step"], saved["seconds"]
-        net.load_state_dict(saved["net"]), average.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
+        step, before, meta["id"] = saved["step"], saved["seconds"], saved["id"]
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"].cpu())
         if cuda:
             torch.cuda.set_rng_state(saved["rng_cuda"].cpu())
         print(f"{stage}: goes on from step {step:,} of {steps:,}")
-    lines = log.read_text().splitlines() if log.exists() else []    # less what comes again
-    lines = [x for x in lines if x.endswith("}") and (f'"{stage}"' not in x or json.loads(x)["step"] <= step)]
-    log.write_text("".join(line + "\n" for line in lines))
-    began, stop, sums, mark = time.time(), [], {}, (time.time(), step)
-
-    def report():
-        """One line of progress; stops the run if a number is not finite."""
-        nonlocal sums, mark
-        values = {name: float(v) / (step - mark[1]) for name, v in sums.items()}
-        if bad := [name for name, v in values.items() if not math.isfinite(v)]:
-            raise UserError(f"{stage}: {bad[0]} is {values[bad[0]]} between steps {mark[1]:,} and {step:,}; "
-                            f"last checkpoint: {path if path.exists() else 'none'}; try a smaller --{stage}-lr")
-        rate = (step - mark[1]) / (time.time() - mark[0])
-        eta = (steps - step) / rate
-        print(f"{stage:8}{step:8,}/{steps:,} {step / steps:5.0%}  "
-              + "  ".join(f"{name} {v:7.4f}" for name, v in values.items())
-              + f"  {rate:6.1f} steps/s  ETA {eta // 60:.0f}:{eta % 60:02.0f}", flush=True)
-        with open(log, "a") as f:
-            f.write(json.dumps(dict(stage=stage, step=step, steps=steps, **values, steps_per_s=rate)) + "\n")
-        sums, mark = {}, (time.time(), step)
-
-    def save():
-        extra = dict(rng_cuda=torch.cuda.get_rng_state()) if cuda else {}
-        save_checkpoint(path, dict(
-            meta, stage=stage, version=VERSION, git_commit=git_commit(), config=dataclasses.asdict(config),
-            step=step, steps=steps, seconds=before + time.time() - began, net=net.state_dict(),
-            ema=average.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state(), **extra))
-
-    handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))     # a step is never left half done
-    saved_at, every = time.time(), max(1, steps // 20)
-    while step < steps:
+    rows = [json.loads(x) for x in (log.read_text().splitlines() if log.exists() else ()) if x.endswith("}")]
+    with replacing(log) as f:            # without what will be logged again
+        f.writelines((json.dumps(r) + "\n").encode() for r in rows if r["stage"] != stage or r["step"] <= step)
+    stop, sums, mark, began, saved_at = [], {}, (time.time(), step), time.time(), time.time()
+    handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))     # no step is left half done
+    while step < steps and not stop:
         for group in optimizer.param_groups:
             group["lr"] = lr * cosine(step, steps, warmup)
         loss, info = loss_fn()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
         optimizer.step()
@@ -989,25 +848,53 @@ def fit(stage, net, average, decay, loss_fn, run, meta):
         step += 1
         for name, value in {"loss": loss.detach(), **info, "grad": norm}.items():
             sums[name] = sums.get(name, 0) + value
-        save_now = step == steps or stop or time.time() - saved_at > run.save_every
-        if step % every == 0 or save_now:
-            report()                     # before saving: a broken state never replaces a good one
-        if save_now:
-            save()
+        save = step == steps or stop or time.time() - saved_at > run.save_every
+        if save or step % max(1, steps // 20) == 0:
+            means = {name: float(v) / (step - mark[1]) for name, v in sums.items()}  # the only wait for CUDA
+            for name in (name for name, v in means.items() if not math.isfinite(v)):
+                raise UserError(f"{stage}: {name} is {means[name]} between steps {mark[1]:,} and {step:,}; last "
+                                f"checkpoint: {path if path.exists() else 'none'}; try a smaller --{stage}-lr")
+            rate = (step - mark[1]) / (time.time() - mark[0])
+            minutes, seconds = divmod(round((steps - step) / rate), 60)
+            print(f"{stage:8}{step:8,}/{steps:,} {step / steps:5.0%}  "
+                  + "  ".join(f"{name} {v:7.4f}" for name, v in means.items())
+                  + f"  {rate:6.1f} steps/s  ETA {minutes}:{seconds:02}", flush=True)
+            with open(log, "a") as f:
+                f.write(json.dumps(dict(stage=stage, step=step, steps=steps, **means, steps_per_s=rate)) + "\n")
+            sums, mark = {}, (time.time(), step)
+        if save:                         # after the check: a broken state never replaces a good one
             saved_at = time.time()
-        if stop and step < steps:
-            print(f"{stage}: stopped at step {step:,} of {steps:,}, saved in {path}. The same command goes on.")
-            raise KeyboardInterrupt
+            state = {name: part.state_dict() for name, part in parts.items()}
+            rng = dict(rng=torch.get_rng_state(), rng_cuda=torch.cuda.get_rng_state() if cuda else None)
+            with replacing(path) as f:
+                torch.save(dict(meta, step=step, steps=steps, seconds=before + saved_at - began, **state, **rng), f)
     signal.signal(signal.SIGINT, handler)
+    if step < steps:
+        print(f"{stage}: stopped at step {step:,} of {steps:,}, saved in {path}. The same command goes on.")
+        raise KeyboardInterrupt
 
+# ---- 8. Acting and evaluation ---------------------------------------------------------------------
 
-# ---- 8. Evaluation --------------------------------------------------------------------------------
+def make_unet(config, dims, two_levels=False, dropout=0.0):
+    """The U-Net of a configuration; dims = sizes of an observation and an action."""
+    return UNet1d(dims[1], config.history * dims[0], config.channels, config.kernel, config.blocks,
+                  config.patch, config.embed, dropout, two_levels)
 
+def load_reward_model(checkpoint, normalizer, device):
+    """R, frozen, as a callable of states and actions in the coordinates of `normalizer`."""
+    dims, own = checkpoint["dims"], Normalizer(checkpoint["normalizer"])
+    net = frozen(RewardModel(checkpoint["config"]["history"] * dims[0], dims[1])).to(device)
+    net.load_state_dict(checkpoint["ema"])
+
+    def change(name, x):                 # R may have been trained on other data than the student
+        x = normalizer.decode(name, x.unflatten(1, (-1, len(own.tables[name][0]))))
+        return own.encode(name, x).flatten(1)
+    return lambda state, action: net(change("obs", state), change("action", action))
 
 class Policy:
     """A trained teacher or student that acts: raw observations in, raw chunks of actions out.
 
-    checkpoint: as loaded from teacher.pt or student.pt; config: the acting fields are used;
+    checkpoint: as loaded from teacher.pt or student.pt; config: its acting fields are used;
     reward_checkpoint: of reward.pt, if config.candidates > 1.
     """
 
@@ -1016,8 +903,8 @@ class Policy:
         self.student = checkpoint["stage"] == "student"
         self.net = frozen(make_unet(saved, checkpoint["dims"], two_levels=self.student)).to(device)
         self.net.load_state_dict(checkpoint["ema"])
-        self.normalizer = Normalizer(checkpoint["normalizer"]).to(device)
-        self.shape = (saved.horizon, checkpoint["dims"][1])                      # (H, A)
+        self.normalizer = Normalizer(checkpoint["normalizer"])
+        self.shape = (config.candidates, saved.horizon, checkpoint["dims"][1])   # (n, H, A)
         self.sigmas = karras_sigmas(saved.grid_points if self.student else config.teacher_points)
         self.nfe = config.nfe if self.student else 2 * (config.teacher_points - 1)
         if config.candidates > 1:
@@ -1026,132 +913,80 @@ class Policy:
     @torch.no_grad()
     def __call__(self, observations, generators):
         """observations (B, h, O) and one numpy Generator per row -> actions (B, H, A)."""
-        n = self.config.candidates
-        obs = torch.as_tensor(observations, dtype=torch.float32, device=self.device)
-        state = self.normalizer.encode("obs", obs).flatten(1).repeat_interleave(n, dim=0)  # (B n, h O)
-
         def noise(_=None):
-            draws = [g.standard_normal((n, *self.shape), np.float32) for g in generators]
-            return torch.as_tensor(np.concatenate(draws), device=self.device)
+            draws = [generator.standard_normal(self.shape, np.float32) for generator in generators]
+            return torch.tensor(np.concatenate(draws), device=self.device)       # (B n, H, A)
 
+        state = self.normalizer.encode("obs", torch.tensor(observations, dtype=torch.float32, device=self.device))
+        state = state.flatten(1).repeat_interleave(self.shape[0], dim=0)         # (B n, h O)
         if self.student:
             x, _ = student_sample(lambda x, t, k: student_jump(self.net, x, t, k, state), noise(),
                                   self.sigmas, self.nfe, self.config.init_noise, noise)
         else:
             x, _ = heun_sample(lambda x, t: denoise(self.net, x, t, state),
                                self.config.init_noise * noise(), self.sigmas)
-        x = x.clamp(-1, 1).view(-1, n, *self.shape)                              # the action box
-        if n > 1:
-            best = self.reward_model(state, x[:, :, 0].flatten(0, 1)).view(-1, n).argmax(1)
-            x = x[torch.arange(len(x)), best][:, None]
-        return self.normalizer.decode("action", x[:, 0]).cpu().numpy()
-
+        x = x.clamp(-1, 1).view(-1, *self.shape)                                 # in the action box
+        best = torch.zeros(len(x), dtype=torch.long, device=self.device)
+        if self.shape[0] > 1:
+            best = self.reward_model(state, x[:, :, 0].flatten(0, 1)).view(len(x), -1).argmax(1)
+        return self.normalizer.decode("action", x[torch.arange(len(x)), best]).cpu().numpy()
 
 def evaluate(policy, make_env, episodes=20, first_seed=0, history=1, execute=1):
     """Closed-loop returns of `episodes` episodes in lockstep, one policy call for all still running.
 
-    policy: (observations (B, h, O), B numpy Generators) -> actions (B, H, A). Episode i is seeded
-    first_seed + i, in the simulator and for its noise. Returns dict(returns, lengths, simulator_s,
-    network_s); a return sums the raw rewards of env.step, the last one included.
+    policy: (observations (B, h, O), B numpy Generators) -> actions (B, H, A), of which `execute` are
+    carried out before the next call. Episode i is seeded first_seed + i, simulator and noise. A
+    return sums the raw rewards of env.step, the terminating one included (the released code sums
+    running maxima). Returns dict(returns, lengths, simulator_s, network_s).
     """
     envs = [make_env() for _ in range(episodes)]
     pasts = [[env.reset(seed=first_seed + i)[0]] * history for i, env in enumerate(envs)]
     generators = [np.random.default_rng(first_seed + i) for i in range(episodes)]
-    returns, lengths, alive = np.zeros(episodes), np.zeros(episodes, int), list(range(episodes))
-    spent = dict(simulator_s=0.0, network_s=0.0)
-    while alive:
-        began = time.perf_counter()
-        plans = policy(np.array([pasts[i] for i in alive]), [generators[i] for i in alive])
-        planned = time.perf_counter()
-        running = []
-        for i, plan in zip(alive, plans):
+    returns, lengths, running = np.zeros(episodes), np.zeros(episodes, int), list(range(episodes))
+    network_s, began = 0.0, time.perf_counter()
+    while running:
+        asked = time.perf_counter()
+        plans = policy(np.array([pasts[i] for i in running]), [generators[i] for i in running])
+        network_s += time.perf_counter() - asked
+        ended = set()
+        for i, plan in zip(running, plans):
             for action in plan[:execute]:
                 observation, reward, terminated, truncated, _ = envs[i].step(action)
+                pasts[i] = pasts[i][1:] + [observation]
                 returns[i] += reward
                 lengths[i] += 1
-                pasts[i] = pasts[i][1:] + [observation]
                 if terminated or truncated:
+                    ended.add(i)
                     break
-            else:
-                running.append(i)
-        alive = running
-        spent["network_s"] += planned - began
-        spent["simulator_s"] += time.perf_counter() - planned
-    for env in envs:
-        env.close()
-    return dict(returns=returns.tolist(), lengths=lengths.tolist(), **spent)
-
+        running = [i for i in running if i not in ended]
+    return dict(returns=returns.tolist(), lengths=lengths.tolist(), network_s=network_s,
+                simulator_s=time.perf_counter() - began - network_s)
 
 def normalized_score(env, value):
-    """D4RL score, 0 = random policy, 100 = expert, of a return or an array; None without reference."""
-    task = env.split("-")[0].lower()
-    if task not in TASKS:
-        return None
-    _, random, expert = TASKS[task]
+    """D4RL score of a return or an array: 0 = random policy, 100 = expert. NaN if env has no reference."""
+    _, random, expert = TASKS.get(env.split("-")[0].lower(), (None, math.nan, math.nan))
     return 100 * (value - random) / (expert - random)
-
 
 # ---- 9. The pipeline: data -> teacher, reward model -> student -> score ---------------------------
 
-STAGES = ("teacher", "reward", "student")
-
-
-def make_unet(config, dims, two_levels=False, dropout=0.0):
-    """The U-Net of a configuration; dims = sizes of an observation and an action."""
-    return UNet1d(dims[1], config.history * dims[0], config.channels, config.kernel, config.blocks,
-                  config.patch, config.embed, dropout, two_levels)
-
-
-def make_reward_model(config, dims):
-    """The reward model of a configuration."""
-    return RewardModel(config.history * dims[0], dims[1], members=config.reward_members)
-
-
-def load_reward_model(checkpoint, normalizer, device):
-    """R, frozen, as a callable of states and actions in the coordinates of `normalizer`."""
-    net = frozen(make_reward_model(Config(**checkpoint["config"]), checkpoint["dims"])).to(device)
-    net.load_state_dict(checkpoint["ema"])
-    own = Normalizer(checkpoint["normalizer"]).to(device)
-
-    def change(name, x):                 # R may have been trained on other data than the student
-        x = normalizer.decode(name, x.unflatten(-1, (-1, len(own.tables[name][0]))))
-        return own.encode(name, x).flatten(-2)
-    return lambda state, action: net(change("obs", state), change("action", action))
-
-
-def simulator(run):
-    """A callable that makes the environment this run's policies act in."""
-    import gymnasium
-    gymnasium.logger.min_level = gymnasium.logger.ERROR      # no advice to leave the -v4 tasks
-    if (run.data or "").startswith("minari:"):
-        import minari
-        return minari.load_dataset(run.data.removeprefix("minari:")).recover_environment
-    return lambda: gymnasium.make(TASKS[run.env.split("-")[0]][0])
-
+STAGES = {"teacher": ("data", "network", "teacher"), "reward": ("data", "reward"),
+          "student": ("data", "network", "student")}     # stage -> parts of Config its checkpoint depends on
 
 class Pipeline:
-    """Each stage is loaded if it is there and trained if it is not."""
+    """The dataset and the three stages: each is loaded if it is there and trained if it is not."""
 
-    def __init__(self, run, args):
-        self.run, self.args, config = run, args, run.config
-        teacher = load_checkpoint(args.teacher, "teacher", run.device) if args.teacher else None
-        for f in dataclasses.fields(Config) if teacher else ():     # it brings its own shape
-            value = teacher["config"][f.name]
-            if f.metadata["stage"] == "network" or f.name in ("horizon", "history"):
-                if f.name in run.given and getattr(config, f.name) != value:
-                    raise UserError(f"--{f.name} {getattr(config, f.name)}: {args.teacher} was trained with "
-                                    f"{value}; leave the flag out, or train another teacher")
-                setattr(config, f.name, value)
+    def __init__(self, run):
+        self.run, config, normalizer = run, run.config, None
         dataset = load_dataset(run.env, run.data)
-        describe(dataset)
-        env = simulator(run)()
-        sizes = [math.prod(space.shape) for space in (env.observation_space, env.action_space)]
-        env.close()
+        print(dataset)
         self.dims = [dataset.observations.shape[1], dataset.actions.shape[1]]
+        env = simulator(run.env, run.data)()
+        sizes = [math.prod(space.shape) for space in (env.observation_space, env.action_space)]
         if self.dims != sizes:
             raise UserError(f"{dataset.name} has observations of {self.dims[0]} and actions of {self.dims[1]} "
                             f"numbers, but {run.env} has {sizes[0]} and {sizes[1]}; is --env right?")
-        normalizer = Normalizer(teacher["normalizer"]) if teacher else None
+        if run.teacher:                  # its coordinates are the student's too
+            normalizer = Normalizer(load_checkpoint(run.teacher, "teacher", run.device)["normalizer"])
         self.batches = Batches(dataset, config, run.device, normalizer)
         print("      " + self.batches.counts)
         for stage in STAGES:             # epochs -> steps
@@ -1162,124 +997,68 @@ class Pipeline:
                          normalizer=self.batches.normalizer.tables)
 
     def build(self, stage, saved):
-        """(network, its frozen average, loss_fn, EMA decay) of a stage; saved: earlier checkpoints."""
-        config, batches, device = self.run.config, self.batches, self.run.device
-        if stage == "reward":
-            net = make_reward_model(config, self.dims)
-        else:
-            net = make_unet(config, self.dims, stage == "student", config.dropout * (stage == "student"))
+        """(network, its frozen average, EMA decay by step, loss_fn) of a stage; saved: what it builds on."""
+        config, batches, device, dims = self.run.config, self.batches, self.run.device, self.dims
         if stage == "student":
-            net.load_state_dict(saved["teacher"]["ema"], strict=False)           # warm start
-            teacher = frozen(make_unet(config, self.dims)).to(device)
+            teacher = frozen(make_unet(config, dims)).to(device)
             teacher.load_state_dict(saved["teacher"]["ema"])
-            reward_model = load_reward_model(saved["reward"], batches.normalizer, device) \
-                if config.reward_weight else None
-        net = net.to(device)
-        average = frozen(deepcopy(net))
+            reward_model = config.reward_weight and load_reward_model(saved["reward"], batches.normalizer, device)
+            net = make_unet(config, dims, two_levels=True, dropout=config.dropout)
+            net.load_state_dict(teacher.state_dict(), strict=False)              # warm start
+        else:
+            net = RewardModel(config.history * dims[0], dims[1]) if stage == "reward" else make_unet(config, dims)
+        average = frozen(deepcopy(net.to(device)))
 
-        def teacher_loss():
-            state, x0 = batches.windows(config.teacher_batch)
-            return edm_loss(lambda x, t: denoise(net, x, t, state), x0, lognormal_levels(len(x0), device),
-                            torch.randn_like(x0), DISTANCES[config.teacher_distance])
-
-        def reward_model_step():
-            state, action, target = batches.transitions(config.reward_batch)
-            return reward_model_loss(net.each(state, action), target, config.reward_expectile)
-
-        def student_loss():
+        def loss_fn():
+            if stage == "teacher":
+                state, x0 = batches.windows(config.teacher_batch)
+                return edm_loss(lambda x, t: denoise(net, x, t, state), x0, lognormal_levels(len(x0), device),
+                                torch.randn_like(x0), DISTANCES[config.teacher_distance])
+            if stage == "reward":
+                state, action, target = batches.transitions(config.reward_batch)
+                return reward_model_loss(net(state, action), target)
             return distillation_loss(net, average, teacher, reward_model,
                                      *batches.windows(config.student_batch), config)
 
-        loss_fn = dict(teacher=teacher_loss, reward=reward_model_step, student=student_loss)[stage]
-        return net, average, loss_fn, (lambda _: config.target_decay) if stage == "student" else ema_decay
+        def decay(step):                 # of teacher and reward model: the released schedule
+            return config.target_decay if stage == "student" else min(0.9999, 1 - (1 + step) ** -0.75)
+        return net, average, decay, loss_fn
 
     def obtain(self, stage, saved=None):
         """The finished checkpoint of a stage: --teacher/--reward FILE, the run folder's, or trained now."""
-        run, file = self.run, getattr(self.args, stage, None)
-        path = Path(file) if file else run.out / f"{stage}.pt"
-        meta = dict(self.meta, **{f"{s}_id": fingerprint(c["ema"]) for s, c in (saved or {}).items()})
-        if stage in self.args.retrain and path.exists() and not file:
+        run, elsewhere = self.run, getattr(self.run, stage, None)
+        path = Path(elsewhere or run.out / f"{stage}.pt")
+        meta = dict(self.meta, **{f"{name}_id": c["id"] for name, c in (saved or {}).items()})
+        if stage in run.retrain and path.exists() and not elsewhere:
             os.replace(path, path.with_suffix(".old.pt"))
-        if file or path.exists():
+        if elsewhere or path.exists():
             checkpoint = load_checkpoint(path, stage, run.device)
-            check_fits(checkpoint, path, stage, run.config, meta, elsewhere=bool(file))
-            if file or checkpoint["step"] == checkpoint["steps"]:
+            self.check_fits(checkpoint, path, stage, meta, elsewhere)
+            if elsewhere or checkpoint["step"] == checkpoint["steps"]:
                 print(f"{stage}: {path}, {checkpoint['step']:,} steps in {checkpoint['seconds']:.0f} s")
                 return checkpoint
         run.out.mkdir(parents=True, exist_ok=True)
-        write_json(run.out / "config.json", dataclasses.asdict(run.config))
+        with replacing(run.out / "config.json") as f:
+            f.write(json.dumps(dataclasses.asdict(run.config), indent=2).encode())
         torch.manual_seed(run.config.seed)
-        net, average, loss_fn, decay = self.build(stage, saved)
+        net, *rest = self.build(stage, saved)
         print(f"{stage}: {sum(p.numel() for p in net.parameters()):,} parameters")
-        fit(stage, net, average, decay, loss_fn, run, meta)
+        fit(stage, net, *rest, run, meta)
         plot_curves(run.out)
         return load_checkpoint(path, stage, run.device)
 
-    def dry_run(self):
-        """One forward and backward of every loss, timed: what `distill` would do, and for how long."""
-        config, saved, total = self.run.config, {}, 0.0
-        print(json.dumps(dataclasses.asdict(config), indent=2))
-        for stage in STAGES:
-            net, _, loss_fn, _ = self.build(stage, saved)
-            saved[stage] = dict(self.meta, ema=net.state_dict(), config=dataclasses.asdict(config))
-            marks = []
-            for _ in range(4):           # the first one warms up
-                loss, info = loss_fn()
-                loss.backward()
-                values = "  ".join(f"{name} {float(v):.4f}" for name, v in info.items())   # waits for CUDA
-                marks.append(time.perf_counter())
-            seconds, steps = (marks[-1] - marks[0]) / 3, getattr(config, f"{stage}_steps")
-            total += steps * seconds
-            print(f"{stage:8} {sum(p.numel() for p in net.parameters()):,} parameters  {values}  "
-                  f"{seconds:.4f} s a step, {steps:,} steps: {steps * seconds / 60:.1f} min")
-        print(f"estimated total: {total / 60:.1f} min of training, then {config.episodes} episodes")
-
-
-def describe(dataset):
-    """Print what is in a dataset."""
-    s = dataset.summary()
-    note = {"D4RL": "", "stand-in": ": NOT comparable with the paper"}.get(s["source"], ": not D4RL's own data")
-    print(f"data: {s['name']} ({s['source']}{note}), {s['transitions']:,} transitions, {s['episodes']:,} "
-          f"episodes\n      return best {s['return_best']:.0f}, mean {s['return_mean']:.0f}, worst "
-          f"{s['return_worst']:.0f}")
-
-
-def check_fits(saved, path, stage, config, meta, elsewhere=False):
-    """Raise UserError listing whatever of a checkpoint does not fit this run, and the way out."""
-    uses = {"teacher": ("data", "network", "teacher"), "reward": ("data", "reward"),
-            "student": ("data", "network", "student")}[stage]
-    fields = ("horizon", "history") if elsewhere else [
-        f.name for f in dataclasses.fields(Config) if f.metadata["stage"] in uses]
-    keys = ("env", "dims") if elsewhere else sorted(meta.keys() - {"normalizer"})
-    pairs = [(name, saved["config"][name], getattr(config, name)) for name in fields]
-    pairs += [(key, saved.get(key), meta[key]) for key in keys]
-    if wrong := [f"{name}: {a} in the file, {b} now" for name, a, b in pairs if a != b]:
-        raise UserError(f"{path} does not fit this run:\n  " + "\n  ".join(wrong) + "\nGive the same values, "
-                        + ("or another file" if elsewhere else f"another --out, or --retrain {stage} "
-                           f"(which keeps the old file as {stage}.old.pt)"))
-
-
-def fingerprint(state):
-    """Short hash of a state dict: a student is tied to the teacher and reward model it was made from."""
-    digest = hashlib.sha256()
-    for name, value in state.items():
-        digest.update(name.encode() + value.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def git_commit():
-    """Commit of this file's checkout, or None."""
-    result = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-                            capture_output=True, text=True)
-    return result.stdout.strip() or None
-
-
-def write_json(path, value):
-    """Indented JSON, to a temporary name and then renamed."""
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
-
+    def check_fits(self, saved, path, stage, meta, elsewhere):
+        """Raise UserError listing whatever of a checkpoint does not fit this run, and the way out."""
+        fields = [f.name for f in dataclasses.fields(Config) if f.metadata["stage"] in STAGES[stage]]
+        keys = sorted(meta.keys() - {"normalizer"})
+        if elsewhere:                    # what it was trained on, and how, is its own affair
+            keys, fields = ("env", "dims"), ["horizon", "history"] + [
+                f for f in ("channels", "kernel", "blocks", "patch", "embed") if stage == "teacher"]
+        pairs = [(name, saved["config"][name], getattr(self.run.config, name)) for name in fields]
+        pairs += [(key, saved.get(key), meta[key]) for key in keys]
+        if wrong := [f"{name}: {a} in the file, {b} now" for name, a, b in pairs if a != b]:
+            way_out = "another file" if elsewhere else f"another --out, or --retrain {stage}"
+            raise UserError("\n  ".join([f"{path} does not fit this run:", *wrong]) + f"\nGive the same values, {way_out}.")
 
 def plot_curves(out):
     """training.png: every logged loss of the three stages."""
@@ -1290,57 +1069,52 @@ def plot_curves(out):
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     for stage, axis in zip(STAGES, axes):
         mine = [row for row in rows if row["stage"] == stage]
-        for name in [n for n in (mine[0] if mine else ()) if n not in ("stage", "step", "steps", "grad", "steps_per_s")]:
+        for name in (x for row in mine[:1] for x in row if x not in ("stage", "step", "steps", "grad", "steps_per_s")):
             axis.plot([row["step"] for row in mine], [row[name] for row in mine], label=name)
-        axis.set(title=stage, xlabel="gradient steps", ylabel="loss")
-        axis.legend(fontsize=8) if mine else None
+        axis.set(title=stage, xlabel="gradient steps", ylabel="mean since the last point")
+        axis.legend(fontsize=8) if mine else axis.text(0.5, 0.5, "not trained here", ha="center")
     figure.savefig(out / "training.png", dpi=110)
     pyplot.close(figure)
 
-
-def assess(run, checkpoint, train_seconds, name, reward_checkpoint=None):
-    """Score a checkpoint in the simulator; write out/<name>, print and return the metrics."""
+def assess(run, saved, actor, name):
+    """Score saved[actor] in the simulator; write <out>/<name>, print a table, return the metrics."""
     import gymnasium
     import mujoco
-    config = run.config
-    policy = Policy(checkpoint, config, run.device, reward_checkpoint)
+    config, checkpoint = run.config, saved[actor]
+    policy, times = Policy(checkpoint, config, run.device, saved.get("reward")), []
     print(f"evaluation: {config.episodes} episodes, {policy.nfe} network call(s) per action", flush=True)
-    result = evaluate(policy, simulator(run), config.episodes, config.first_seed, config.history, config.execute)
-    returns, milliseconds = np.array(result["returns"]), []
-    for _ in range(220):                 # the policy's .cpu() waits for the device
+    result = evaluate(policy, simulator(run.env, run.data), config.episodes, config.first_seed, config.history,
+                      config.execute)
+    for _ in range(120):                 # the policy ends in .cpu(), which waits for the device
         began = time.perf_counter()
         policy(np.zeros((1, config.history, checkpoint["dims"][0])), [np.random.default_rng(0)])
-        milliseconds.append(1000 * (time.perf_counter() - began))
-    data, scale = checkpoint["dataset"], (lambda x: normalized_score(run.env, x))
-    sem = float(returns.std(ddof=1) / len(returns) ** 0.5) if len(returns) > 1 else None
-    mean, one = scale(float(returns.mean())), scale(1.0)
+        times.append(1000 * (time.perf_counter() - began))
+    data, returns, n = checkpoint["dataset"], np.array(result["returns"]), len(result["returns"])
+    scores = normalized_score(run.env, returns)
+    commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
     metrics = dict(
         env=run.env, dataset=data, nfe=policy.nfe, candidates=config.candidates, init_noise=config.init_noise,
         method="teacher" if not policy.student else "RACTD" if checkpoint["config"]["reward_weight"] else "CTD",
-        episodes=config.episodes, seeds=list(range(config.first_seed, config.first_seed + config.episodes)),
-        **result, return_mean=float(returns.mean()), normalized_score_mean=mean,
-        normalized_score_sem=sem and one and sem * (one - scale(0.0)),
-        ms_per_action=float(np.median(milliseconds[20:])), train_seconds=train_seconds,
-        seed=checkpoint["config"]["seed"], device=str(run.device), git_commit=git_commit(), versions=dict(
+        episodes=n, seeds=list(range(config.first_seed, config.first_seed + n)), **result,
+        return_mean=returns.mean(), normalized_score_mean=scores.mean(),
+        normalized_score_sem=scores.std(ddof=1) / n ** 0.5 if n > 1 else math.nan, ms_per_action=np.median(times[20:]),
+        train_seconds={stage: c["seconds"] for stage, c in saved.items()}, seed=checkpoint["config"]["seed"],
+        device=str(run.device), git_commit=commit.stdout.strip() or None, versions=dict(
             ractd=VERSION, python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__,
             gymnasium=gymnasium.__version__, mujoco=mujoco.__version__))
-    run.out.mkdir(parents=True, exist_ok=True)
-    write_json(run.out / name, metrics)
-    comparable = data["source"] == "D4RL"
-
-    def row(label, value, rest=""):
-        score = "" if mean is None else f"{scale(value):8.1f}"
-        print(f"{label:<34}{value:9.0f}{score}{rest}")
-    print(f"\n{run.env} on {data['name']} ({data['source']})\n{'':<34}   return   score   std. err.  ms/action")
-    row("data, best episode", data["return_best"])
-    row("data, mean episode", data["return_mean"])
-    row(f"{metrics['method']}, {policy.nfe} network call(s)", metrics["return_mean"],
-        f"{metrics['normalized_score_sem'] or math.nan:12.1f}{metrics['ms_per_action']:11.2f}")
-    if not comparable:
+    with replacing(run.out / name) as f:             # NaN is not JSON
+        plain = {key: None if value != value else value for key, value in metrics.items()}
+        f.write(json.dumps(plain, indent=2, default=float).encode())
+    print(f"\n{run.env} on {data['name']} ({data['source']}), {n} episodes from seed {config.first_seed}\n"
+          f"{'':<32}   return    score  std. err.  ms/action")
+    for label, value, rest in (("data, best episode", data["return_best"], ""),
+                               ("data, mean episode", data["return_mean"], ""),
+                               (f"{metrics['method']}, {policy.nfe} network call(s)", metrics["return_mean"],
+                                f"{metrics['normalized_score_sem']:11.1f}{metrics['ms_per_action']:11.2f}")):
+        print(f"{label:<32}{value:9.0f}{normalized_score(run.env, value):9.1f}{rest}")
+    if data["source"] != "D4RL":
         print("The data are not D4RL's: these scores are NOT comparable with the paper's.")
     print(f"All numbers: {run.out / name}; training curves: {run.out / 'training.png'}")
-    return metrics
-
 
 # ---- 10. Command line -----------------------------------------------------------------------------
 
@@ -1350,6 +1124,9 @@ COMMANDS = {"data": "fetch or make the dataset and print what is in it",
             "distill": "whatever of the above is missing, then the student, then its score",
             "evaluate": "act with a saved student or teacher"}
 
+def integers(text):
+    """'64,128' -> (64, 128)."""
+    return tuple(map(int, text.split(",")))
 
 def build_parser():
     """One subparser per command; the hyperparameter flags are generated from Config."""
@@ -1357,118 +1134,124 @@ def build_parser():
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for command, text in COMMANDS.items():
         p = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
-        p.add_argument("--env", help="one of " + ", ".join(ENVS) + "; optional with minari:ID")
-        p.add_argument("--data", help="FILE.hdf5 in D4RL's layout, minari:ID, or standin (default: the D4RL "
-                       "file of --env, downloaded if need be; without a network a stand-in)")
-        p.add_argument("--out", help="folder for everything written (default: runs/<env>)")
-        p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-        p.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
-        p.add_argument("--preset", choices=PRESETS, default="default",
-                       help="default: minutes on two cores; paper: the published sizes and schedule")
-        p.add_argument("--save-every", type=float, default=30.0, help="seconds between checkpoints (default: 30)")
-        p.add_argument("--teacher", metavar="FILE", help="use a teacher trained elsewhere")
-        p.add_argument("--reward", metavar="FILE", help="use a reward model trained elsewhere")
-        p.add_argument("--retrain", choices=STAGES, action="append", default=[], help="train this stage anew; "
-                       "its checkpoint is kept as <stage>.old.pt")
-        p.add_argument("--dry-run", action="store_true", help="print the configuration, one step of each loss "
-                       "and the estimated time, and exit")
-        p.add_argument("--model", choices=("student", "teacher"), default="student",
-                       help="evaluate: who acts (default: student)")
+        add = p.add_argument
+        add("--env", help="one of " + ", ".join(ENVS) + "; optional with minari:ID")
+        add("--data", default="", help="FILE.hdf5 in D4RL's layout, minari:ID, or standin (default: the D4RL "
+            "file of --env, downloaded if need be; without a network a stand-in)")
+        add("--out", help="folder for everything written (default: runs/<env>)")
+        add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+        add("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
+        add("--preset", choices=PRESETS, default="default", help="default: minutes on two cores; paper: the "
+            "published sizes and schedule")
+        add("--save-every", type=float, default=30.0, help="seconds between checkpoints (default: 30)")
+        add("--teacher", metavar="FILE", help="use a teacher trained elsewhere")
+        add("--reward", metavar="FILE", help="use a reward model trained elsewhere")
+        add("--retrain", choices=STAGES, action="append", default=[], help="train this stage anew; its "
+            "checkpoint is kept as <stage>.old.pt")
+        add("--dry-run", action="store_true", help="three steps of every stage in a folder that is thrown away, "
+            "the configuration and the estimated time")
+        if command == "evaluate":
+            add("--model", choices=("student", "teacher"), default="student", help="(default: student)")
         for f in dataclasses.fields(Config):
-            shown = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-            p.add_argument("--" + f.name.replace("_", "-"), dest="config_" + f.name, default=None,
-                           type=integers if f.type is tuple else f.type, choices=f.metadata["choices"],
-                           metavar=None if f.metadata["choices"] else f.type.__name__.upper(),
-                           help=f"[{f.metadata['stage']}] {f.metadata['help']} (default: {shown})")
+            many, choices = isinstance(f.default, tuple), f.metadata["choices"]
+            shown = ",".join(map(str, f.default)) if many else f.default
+            add("--" + f.name.replace("_", "-"), dest="config_" + f.name, choices=choices,
+                type=integers if many else f.type, metavar=None if choices else f.type.__name__.upper(),
+                help=f"{f.metadata['stage']}: {f.metadata['help']} (default: {shown})")
     return parser
 
-
-def integers(text):
-    """'64,128' -> (64, 128), for argparse."""
-    return tuple(int(part) for part in text.split(","))
-
-
-def resolve(args):
-    """Checked command-line arguments -> Run."""
-    given = {key.removeprefix("config_"): value for key, value in vars(args).items()
-             if key.startswith("config_") and value is not None}
-    config = Config(**{**PRESETS[args.preset], **given})
+def resolve(run):
+    """Check the parsed command line and put what it means in its place: config, given, env, out, device."""
+    run.given = {key.removeprefix("config_"): value for key, value in vars(run).items()
+                 if key.startswith("config_") and value is not None}
+    config = run.config = Config(**{**PRESETS[run.preset], **run.given})
     for f in dataclasses.fields(Config):
-        flag, value = "--" + f.name.replace("_", "-"), getattr(config, f.name)
-        low, high = f.metadata["low"], f.metadata["high"]
-        if low is not None and not low <= value <= (math.inf if high is None else high):
-            raise UserError(f"{flag} {value} must be at least {low}" + (f", at most {high}" if high else ""))
-        if f.name.endswith("_steps") and value == 0:
-            raise UserError(f"{flag} must not be 0: n > 0 steps, or -n for n epochs")
-    positions = 2 ** (len(config.channels) - 1) * config.patch
+        value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
+        if low is not None and not low <= value <= high:
+            raise UserError(f"--{f.name.replace('_', '-')} {value} must be from {low} to {high}")
+    positions = config.patch * 2 ** (len(config.channels) - 1)
     for bad, sentence in (
             (not all(0 < c <= 8192 for c in config.channels), f"--channels {config.channels}: 1 to 8192 each"),
             (config.kernel % 2 == 0, f"--kernel {config.kernel} must be odd"),
             (config.embed % 2, f"--embed {config.embed} must be even"),
             (config.horizon % positions, f"--horizon {config.horizon} must be a multiple of {positions}: --patch "
              f"{config.patch}, halved {len(config.channels) - 1} times by the U-Net"),
-            (config.execute > config.horizon, f"--execute {config.execute} is more than --horizon {config.horizon}"),
-            (not args.save_every >= 0, f"--save-every {args.save_every} must not be negative")):
+            (0 in (config.teacher_steps, config.reward_steps, config.student_steps), "0 steps train nothing"),
+            (not run.save_every >= 0, f"--save-every {run.save_every} must not be negative")):
         if bad:
             raise UserError(sentence)
-    minari_id = args.data.removeprefix("minari:") if (args.data or "").startswith("minari:") else None
-    env = args.env or minari_id
-    if env not in ENVS and (args.env or not minari_id):
-        near = sorted(ENVS, key=lambda name: -difflib.SequenceMatcher(None, name, env or "").ratio())
-        raise UserError(f"--env {env} is unknown; known, nearest first: " + ", ".join(near))
+    minari_id = run.data.removeprefix("minari:") if run.data.startswith("minari:") else None
+    if run.env not in ENVS and (run.env or not minari_id):
+        near = sorted(ENVS, key=lambda name: -difflib.SequenceMatcher(None, name, run.env or "").ratio())
+        raise UserError(f"--env {run.env} is unknown; known, nearest first: " + ", ".join(near))
+    run.env = run.env or minari_id
     if config.reward_weight < 0:
-        config.reward_weight = ENVS[env][0] if env in ENVS else 1.0
+        config.reward_weight = ENVS[run.env][0] if run.env in ENVS else 1.0
     try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device)
+        run.device = torch.device(run.device)
+        torch.zeros(1, device=run.device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device} cannot be used ({str(error).splitlines()[0]}); try cpu") from None
-    if args.threads > 0:
-        torch.set_num_threads(args.threads)
-    out = Path(args.out) if args.out else Path("runs") / env.replace("/", "-")
-    return Run(env, args.data, out, device, config, set(given), args.save_every)
+        raise UserError(f"--device {run.device} cannot be used ({str(error).splitlines()[0]}); try cpu") from None
+    if run.threads > 0:
+        torch.set_num_threads(run.threads)
+    run.out = Path(run.out or Path("runs") / run.env.replace("/", "-"))
 
+def distill(run):
+    """`distill`: whatever is missing of teacher and reward model, the student, its score."""
+    pipeline, saved = Pipeline(run), {}
+    for stage in ("teacher", "reward") if run.config.reward_weight or run.config.candidates > 1 else ("teacher",):
+        saved[stage] = pipeline.obtain(stage)
+    saved["student"] = pipeline.obtain("student", dict(saved))
+    assess(run, saved, "student", "metrics.json")
 
-def run_evaluate(run, args):
-    """`evaluate`: the saved model brings its configuration; acting flags are the command line's."""
-    path = (args.teacher if args.model == "teacher" else None) or run.out / f"{args.model}.pt"
-    checkpoint = load_checkpoint(path, args.model, run.device)
-    saved = checkpoint["config"]
-    if checkpoint["env"] != run.env:
-        raise UserError(f"{path} was trained for {checkpoint['env']}, not {run.env}")
-    for f in dataclasses.fields(Config):
-        if f.metadata["stage"] == "acting" or f.name == "init_noise" and f.name in run.given:
-            continue
-        if f.name in run.given and getattr(run.config, f.name) != saved[f.name]:
-            raise UserError(f"{path} was trained with {f.name} {saved[f.name]}, not "
-                            f"{getattr(run.config, f.name)}; leave the flag out, or retrain")
-        setattr(run.config, f.name, saved[f.name])
-    reward = None
-    if run.config.candidates > 1:
-        reward = load_checkpoint(args.reward or run.out / "reward.pt", "reward", run.device)
-    assess(run, checkpoint, checkpoint.get("train_seconds"), f"evaluate_{args.model}_{run.config.nfe}.json", reward)
+def dry_run(run):
+    """`distill` for five steps a stage in a folder that is thrown away; prints what the whole would take."""
+    pipeline, saved, minutes = Pipeline(run), {}, 0.0
+    print(json.dumps(dataclasses.asdict(run.config), indent=2))
+    with tempfile.TemporaryDirectory() as folder:
+        run.out = Path(folder)
+        for stage in STAGES:
+            steps = getattr(run.config, f"{stage}_steps")
+            setattr(run.config, f"{stage}_steps", 5)
+            saved[stage] = pipeline.obtain(stage, dict(saved) if stage == "student" else None)
+            rate = json.loads((run.out / "log.jsonl").read_text().splitlines()[-1])["steps_per_s"]
+            minutes += steps / rate / 60
+            print(f"{stage}: {1 / rate:.3f} s a step, {steps:,} steps: {steps / rate / 60:.1f} min")
+    print(f"estimated total: {minutes:.1f} min of training, then {run.config.episodes} episodes")
 
+def evaluate_saved(run):
+    """`evaluate`: the saved model brings its configuration, the command line how to act with it."""
+    stages = (run.model, "reward") if run.config.candidates > 1 else (run.model,)
+    saved = {stage: load_checkpoint(getattr(run, stage, None) or run.out / f"{stage}.pt", stage, run.device)
+             for stage in stages}
+    actor, episodes = saved[run.model], run.config.episodes
+    run.config = dataclasses.replace(Config(**actor["config"]), episodes=episodes)
+    wrong = [("env", actor["env"], run.env)] if actor["env"] != run.env else []
+    for f in (f for f in dataclasses.fields(Config) if f.name in run.given):
+        if f.metadata["stage"] == "acting" or f.name == "init_noise":
+            setattr(run.config, f.name, run.given[f.name])
+        elif run.given[f.name] != getattr(run.config, f.name):
+            wrong.append((f.name, getattr(run.config, f.name), run.given[f.name]))
+    if wrong:
+        raise UserError(f"this {run.model} was trained otherwise:" + "".join(
+            f"\n  {name}: {a} in the file, {b} asked for" for name, a, b in wrong))
+    assess(run, saved, run.model, f"evaluate_{run.model}.json")
 
 def main(argv=None):
     """The command line. Returns the exit code: 0, 2 for something to put right, 130 for Ctrl-C."""
-    args = build_parser().parse_args(argv)
+    run = build_parser().parse_args(argv)
     try:
-        run = resolve(args)
-        if args.command == "data":
-            describe(load_dataset(run.env, run.data))
-        elif args.command == "evaluate":
-            run_evaluate(run, args)
-        elif args.dry_run:
-            Pipeline(run, args).dry_run()
+        resolve(run)
+        if run.command == "data":
+            print(load_dataset(run.env, run.data))
+        elif run.command == "evaluate":
+            evaluate_saved(run)
+        elif run.dry_run:
+            dry_run(run)
+        elif run.command in ("teacher", "reward"):
+            Pipeline(run).obtain(run.command)
         else:
-            pipeline, saved = Pipeline(run, args), {}
-            for stage in ("teacher", "reward") if args.command == "distill" else (args.command,):
-                if stage == "teacher" or args.command == "reward" or run.config.reward_weight or run.config.candidates > 1:
-                    saved[stage] = pipeline.obtain(stage)
-            if args.command == "distill":
-                student = pipeline.obtain("student", saved)
-                seconds = {stage: c["seconds"] for stage, c in (*saved.items(), ("student", student))}
-                assess(run, student, seconds, "metrics.json", saved.get("reward"))
+            distill(run)
     except UserError as error:
         print(f"ractd.py: {error}", file=sys.stderr)
         return 2
@@ -1478,7 +1261,6 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())
