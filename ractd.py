@@ -18,46 +18,28 @@ Notation                                      | shapes, all normalised to [-1, 1
     D, g   denoisers of teacher and student   |     Eq. n     equation n of the paper, version 2
     G      the student's jump t -> k          |     sg        frozen: no gradient to these weights
 
-Sections 3-6 are the method: they need only torch and nothing below them. Where the paper and the
-released code differ, or this file from both, the flag's help or a comment says so; README.md lists it.
+Sections 3-6 are the method: they need only torch. README.md lists where paper and released code differ.
 """
 
-import argparse
-import dataclasses
-import difflib
-import hashlib
-import json
-import math
-import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.error
-import warnings
+import argparse, dataclasses, difflib, hashlib, json, math, os, signal, socket, subprocess  # noqa: E401
+import sys, tempfile, time, urllib.error, warnings  # noqa: E401
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
-
 import numpy as np
 import torch
 from torch import nn
 
 # ---- 1. Configuration -----------------------------------------------------------------------------
-
 VERSION = "0.1.0"
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.02, 80.0, 0.5
 REWARD_PULL = 0.03                       # see reward_loss
-
 # task -> simulator, and the returns that are D4RL's normalised scores 0 (random) and 100 (expert)
 TASKS = {"hopper": ("Hopper-v4", -20.272305, 3234.3),
          "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
          "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0)}
-
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 # env -> (released reward weight sigma, bytes and SHA-256 of the D4RL v2 file)
 ENVS = {name: (float(sigma), int(size), sha256) for name, sigma, size, sha256 in map(str.split, """
@@ -83,25 +65,20 @@ def opt(default, stage, help, low=None, high=math.inf, choices=None):
 @dataclass
 class Config:
     """Every hyperparameter, each a command-line flag; in brackets what the released code has."""
-
     seed: int = opt(0, "data", "seed of everything but evaluation", 0)
     horizon: int = opt(16, "data", "c or H: actions in a planned chunk [16]", 1, 1024)
     history: int = opt(1, "data", "h: last observations that a plan is conditioned on [1]", 1, 64)
-
     channels: tuple = opt((64, 128), "network", "U-Net channels per level [512,1024,2048]")
     kernel: int = opt(3, "network", "U-Net convolution width, odd [5]", 1, 31)
     blocks: int = opt(1, "network", "residual blocks per U-Net level [2]", 1, 8)
     patch: int = opt(4, "network", "actions folded into one U-Net position [1]", 1, 64)
     embed: int = opt(128, "network", "width of the noise-level embedding, even", 8, 4096)
-
     teacher_steps: int = opt(4000, "teacher", "gradient steps; -n = n epochs [-1000]")
     teacher_batch: int = opt(256, "teacher", "windows per step [1024]", 1)
     teacher_lr: float = opt(1e-3, "teacher", "peak AdamW learning rate [1e-4]", 1e-9, 1)
     teacher_warmup: int = opt(200, "teacher", "linear warm-up, steps [2000]", 0)
     teacher_decay: float = opt(1e-6, "teacher", "AdamW weight decay [1e-6]", 0, 10)
-    teacher_distance: str = opt("squared", "teacher", "d of Eq. 4; the ODE needs the mean, pseudo-huber "
-                                "(paper) gives a median", choices=("squared", "pseudo-huber"))
-
+    teacher_distance: str = opt("squared", "teacher", "d of Eq. 4 [paper: pseudo-huber]", choices=("squared", "pseudo-huber"))
     gamma: float = opt(0.99, "reward", "discount of the return-to-go [0.99]", 0, 0.9999)
     timeout: str = opt("extend", "reward", "after a time limit the mean of the last 100 rewards goes on "
                        "for ever, or nothing does [cut]", choices=("extend", "cut"))
@@ -110,50 +87,42 @@ class Config:
     reward_lr: float = opt(1e-3, "reward", "peak AdamW learning rate [2e-4]", 1e-9, 1)
     reward_warmup: int = opt(20, "reward", "linear warm-up, steps [20]", 0)
     reward_decay: float = opt(1e-3, "reward", "AdamW weight decay [1e-3]", 0, 10)
-
-    student_steps: int = opt(1500, "student", "gradient steps; -n = n epochs [-400]")
+    student_steps: int = opt(2000, "student", "gradient steps; -n = n epochs [-400]")
     student_batch: int = opt(256, "student", "windows per step [4800]", 1)
     student_lr: float = opt(5e-4, "student", "peak AdamW learning rate [1e-4]", 1e-9, 1)
     student_warmup: int = opt(100, "student", "linear warm-up, steps [500]", 0)
     student_decay: float = opt(1e-4, "student", "AdamW weight decay [1e-4]", 0, 10)
     dropout: float = opt(0.0, "student", "dropout in the student while it trains [0.2]", 0, 0.9)
-    grid_points: int = opt(80, "student", "N: levels of the grid of t, u, k [80]", 3, 10_000)
+    grid_points: int = opt(20, "student", "N: levels of the grid of t, u, k [80]", 3, 10_000)
     target_decay: float = opt(0.99, "student", "EMA decay of the frozen target, which also acts [0]", 0, 1)
     ctm_weight: float = opt(1.0, "student", "alpha of Eq. 9 [1]", 0, 1e6)
     dsm_weight: float = opt(1.0, "student", "beta of Eq. 9 [1]", 0, 1e6)
     reward_weight: float = opt(-1.0, "student", "sigma of Eq. 9; 0 = CTD; -1 = released, by --env", -1, 1e6)
     reward_scale: str = opt("slope", "student", "R in units of its mean |dR/da|, or as it is [none]",
                             choices=("slope", "none"))
-    ctm_distance: str = opt("pseudo-huber", "student", "d of Eq. 5 [about squared]",
-                            choices=("squared", "pseudo-huber"))
+    ctm_distance: str = opt("pseudo-huber", "student", "d of Eq. 5 [about squared]", choices=("squared", "pseudo-huber"))
     dsm_target: str = opt("denoiser", "student", "what Eq. 7 compares with x0: g(x_t, t, t), which keeps "
                           "unequal modes, or G(x_t, t, 0) [jump]", choices=("denoiser", "jump"))
     dsm_noise: str = opt("lognormal", "student", "noise of Eq. 7: the teacher's, or half of it at 0.76..80 "
                          "[mixed]", choices=("lognormal", "mixed"))
-    dsm_distance: str = opt("squared", "student", "d of Eq. 7 [about squared; paper: pseudo-huber]",
-                            choices=("squared", "pseudo-huber"))
+    dsm_distance: str = opt("squared", "student", "d of Eq. 7 [paper: pseudo-huber]", choices=("squared", "pseudo-huber"))
     init_noise: float = opt(1.0, "student", "scale of the initial noise; 80 = the model's own [1]", 0, 1e4)
-
     episodes: int = opt(20, "acting", "evaluation episodes; 100 for a report", 1, 100_000)
     first_seed: int = opt(0, "acting", "episode i has seed first_seed + i", 0)
     nfe: int = opt(1, "acting", "network calls per student sample [1]", 1, 80)
     teacher_points: int = opt(20, "acting", "levels n of the Heun sampler: 2 (n - 1) calls [80]", 2)
-    candidates: int = opt(1, "acting", "best of N samples by R, beyond the paper [1]", 1, 10_000)
     execute: int = opt(1, "acting", "actions of a plan executed before the next plan [1]", 1)
 
 PRESETS = {"default": {}, "paper": dict(
-    channels=(512, 1024, 2048), kernel=5, blocks=2, patch=1, embed=256,
-    teacher_steps=-1000, teacher_batch=1024, teacher_lr=1e-4, teacher_warmup=2000,
-    reward_steps=-50, reward_batch=64, reward_lr=2e-4,
-    student_steps=-400, student_batch=4800, student_lr=1e-4, student_warmup=500, dropout=0.2,
-    target_decay=0.0, teacher_points=80, episodes=100)}
+    channels=(512, 1024, 2048), kernel=5, blocks=2, patch=1, embed=256, grid_points=80, teacher_points=80,
+    teacher_steps=-1000, teacher_batch=1024, teacher_lr=1e-4, teacher_warmup=2000, reward_steps=-50,
+    reward_batch=64, reward_lr=2e-4, student_steps=-400, student_batch=4800, student_lr=1e-4,
+    student_warmup=500, dropout=0.2, target_decay=0.0, episodes=100)}
 
 # ---- 2. Data --------------------------------------------------------------------------------------
-
 @dataclass
 class Dataset:
     """Logged transitions, one row each, episode after episode."""
-
     name: str
     source: str                 # "D4RL", "file", "minari" or "stand-in"
     observations: np.ndarray    # (T, O) float32
@@ -171,15 +140,14 @@ class Dataset:
 
     def __str__(self):
         s, note = self.summary(), "" if self.source == "D4RL" else "; NOT comparable with the paper"
-        return (f"data: {self.name} ({self.source}{note}): {s['transitions']:,} transitions, {s['episodes']:,} "
-                f"episodes,\n      return best {s['return_best']:.0f}, mean {s['return_mean']:.0f}, worst "
-                f"{s['return_worst']:.0f}")
+        return (f"data: {self.name} ({self.source}{note})\n      {s['transitions']:,} transitions, {s['episodes']:,} episodes, "
+                f"return best {s['return_best']:.0f}, mean {s['return_mean']:.0f}, worst {s['return_worst']:.0f}")
 
 def load_dataset(env, data=None):
     """--data: FILE.hdf5 in D4RL's layout, minari:ID, "standin", or None for the D4RL file of env."""
-    if data is None and (path := fetch_d4rl(env)):
+    if not data and (path := fetch_d4rl(env)):
         return read_hdf5(path, f"{env}-v2", "D4RL")
-    if data in (None, "standin"):
+    if not data or data == "standin":
         return read_minari(make_standin(env), "stand-in")
     if data.startswith("minari:"):
         return read_minari(data.removeprefix("minari:"), "minari")
@@ -194,8 +162,7 @@ def fetch_d4rl(env):
         with open(path, "rb") as f:
             if path.stat().st_size == size and hashlib.file_digest(f, "sha256").hexdigest() == sha256:
                 return path
-        raise UserError(f"{path} is not the published file ({size:,} bytes, SHA-256 {sha256[:12]}...); "
-                        f"delete it, or pass --data {path} to use it as it is")
+        raise UserError(f"{path} is not the published file (SHA-256 {sha256[:12]}...); delete it, or pass it as --data")
     folder.mkdir(parents=True, exist_ok=True)
     socket.setdefaulttimeout(20)         # seconds without an answer
     print(f"downloading {D4RL_URL}{path.name} ({size / 1e6:.0f} MB) to {folder}", flush=True)
@@ -203,12 +170,12 @@ def fetch_d4rl(env):
         torch.hub.download_url_to_file(D4RL_URL + path.name, str(path), hash_prefix=sha256)
         return path
     except RuntimeError as error:        # torch's word for a wrong hash
-        raise UserError(f"the download of {path.name} broke off or is not the published file ({error}); "
-                        "give the same command again, or pass --data standin") from None
+        raise UserError(f"the download of {path.name} broke off or is not the published file ({error}); give "
+                        "the same command again, or pass --data standin") from None
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        print(f"{path.name} is not in {folder} and cannot be downloaded ({error}).\nInstead, a stand-in "
-              "is made or reused: what Augmented Random Search tries in the same simulator.\nScores on it "
-              "are NOT comparable with the paper's. For the real data, put the file into that folder.")
+        print(f"{path.name} is not in {folder} and cannot be downloaded ({error}).\nA stand-in is made or reused: "
+              "Augmented Random Search in the same simulator. Scores on it are NOT\ncomparable with the paper's. "
+              "For the real data, put the file into that folder.")
         return None
 
 def simulator(env, data=None):
@@ -227,9 +194,8 @@ SEARCH = {"hopper": (8, 4, 0.02, 0.025, 1.0, 1), "walker2d": (20, 10, 0.03, 0.02
 def collect_standin(env, transitions=200_000, seed=0):
     """Episodes of about `transitions` steps by Augmented Random Search V2-t (Mania, Guy, Recht 2018).
 
-    The search is for a linear policy M (s - mean) / std. medium-replay: all that it tries; medium: its
-    policy half way in return; medium-expert: half that, half its best. An episode is a dict of
-    observations (L+1, O), actions (L, A), rewards, terminations and truncations (L,).
+    Of linear policies M (s - mean) / std. medium-replay: all that it tries; medium: its policy half way
+    in return; medium-expert: half that, half its best. Each a dict of arrays as Minari buffers them.
     """
     task, kind = env.split("-", 1)
     directions, top, alpha, nu, bonus, factor = SEARCH[task]
@@ -319,11 +285,9 @@ def read_minari(dataset_id, source):
         # an episode holds one observation more than actions: the last one, on which nobody acted
         arrays = [np.concatenate([getattr(e, key)[:len(e.rewards)] for e in episodes])
                   for key in ("observations", "actions", "rewards", "terminations", "truncations")]
-    except (TypeError, KeyError):        # slices of dicts and tuples
-        raise UserError(f"minari dataset {dataset_id}: its spaces are not Box") from None
-    except Exception as error:           # minari raises many types: bad id, no network, missing extra
-        raise UserError(f"minari cannot load {dataset_id!r} ({type(error).__name__}: {error}); a remote "
-                        "dataset needs a network and `pip install 'minari[hf,gcs]'`") from None
+    except Exception as error:           # many types: bad id, no network, missing extra, spaces of dicts
+        raise UserError(f"{dataset_id!r} cannot be read ({type(error).__name__}: {error}); observations and actions must "
+                        "be Box, and a remote dataset needs a network and `pip install 'minari[hf,gcs]'`") from None
     arrays[4][np.cumsum([len(e.rewards) for e in episodes]) - 1] = True      # also where it was cut off
     return assemble(dataset_id, source, *arrays)
 
@@ -334,15 +298,13 @@ def assemble(name, source, observations, actions, rewards, terminals, timeouts):
         if array.dtype.kind not in "fiub":
             raise UserError(f"{name}: {key} has type {array.dtype}, not numbers")
         if array.ndim != dims or 0 in array.shape or len(array) != len(observations):
-            raise UserError(f"{name}: {key} has shape {array.shape}, expected ({len(observations)},"
-                            f"{' D)' if dims == 2 else ')'} beside {len(observations)} observations")
+            raise UserError(f"{name}: {key} has shape {array.shape}, not ({len(observations)},{' D' * (dims - 1)})")
         if not (finite := np.isfinite(array)).all():
             raise UserError(f"{name}: {key} is NaN or infinite in row {np.argwhere(~finite)[0][0]}")
     ends = np.flatnonzero((terminals != 0) | (timeouts != 0))
     if not len(ends):
         raise UserError(f"{name}: no episode ends; terminals and timeouts are all false")
-    if ends[-1] != len(rewards) - 1:     # cut off by the file's end: kept, and treated as a time limit
-        ends = np.append(ends, len(rewards) - 1)
+    ends = np.union1d(ends, len(rewards) - 1)    # what the file's end cuts off is treated as a time limit
     return Dataset(name, source, *(x.astype(np.float32) for x in (observations, actions, rewards)),
                    ends, terminals[ends] != 0)
 
@@ -357,9 +319,8 @@ def window_starts(ends, horizon):
 def returns_to_go(rewards, ends, terminated, gamma=0.99, timeout="extend"):
     """Discounted sum of rewards from each row to its episode's end: (T,) float64.
 
-    Nothing follows a termination. After a time limit "extend" adds what the episode's last 100
-    rewards would give for ever, mean / (1 - gamma); "cut" adds nothing (released), so that states
-    near step 1000 look bad.
+    Nothing follows a termination. After a time limit "extend" adds the mean of the last 100 rewards
+    for ever, mean / (1 - gamma); "cut" (released) nothing, so that states near step 1000 look bad.
     """
     begins = episode_begins(ends)
     after = np.array([rewards[max(b, e - 99):e + 1].mean() / (1 - gamma) if timeout == "extend" and not t
@@ -372,22 +333,17 @@ def returns_to_go(rewards, ends, terminated, gamma=0.99, timeout="extend"):
     return result
 
 class Normalizer:
-    """Min-max maps to [-1, 1] per dimension, by name ("obs", "action", "return"); saved with every model.
-
-    tables: name -> [centre (D,), half range (D,)]. A constant dimension is encoded as 0.
-    """
-
+    """Min-max maps to [-1, 1]; tables: "obs", "action", "return" -> [centre (D,), half range (D,)]."""
     def __init__(self, tables):
         self.tables = tables
 
     @classmethod
     def fit(cls, device="cpu", **arrays):
         """From training data: name=array (T, D)."""
-        tables = {}
-        for name, x in arrays.items():
-            low, high = (torch.tensor(v, dtype=torch.float32, device=device) for v in (x.min(0), x.max(0)))
-            tables[name] = [(high + low) / 2, torch.where(high - low > 1e-6, (high - low) / 2, 1.0)]
-        return cls(tables)
+        bounds = {name: torch.tensor(np.stack([x.min(0), x.max(0)]), dtype=torch.float32, device=device)
+                  for name, x in arrays.items()}
+        return cls({name: [(low + high) / 2, torch.where(high - low > 1e-6, (high - low) / 2, 1.0)]
+                    for name, (low, high) in bounds.items()})
 
     def encode(self, name, x):
         """Raw (..., D) -> normalised (..., D)."""
@@ -399,13 +355,11 @@ class Normalizer:
 
 class Batches:
     """A dataset as normalised tensors on the device; batches are drawn by indexing alone."""
-
     def __init__(self, dataset, config, device, normalizer=None):
         begins, starts = episode_begins(dataset.ends), window_starts(dataset.ends, config.horizon)
         lengths = dataset.ends - begins + 1
         if not len(starts):
-            raise UserError(f"{dataset.name}: no episode is as long as --horizon {config.horizon}; the "
-                            f"longest has {lengths.max()} steps")
+            raise UserError(f"{dataset.name}: no episode has --horizon {config.horizon} steps; at most {lengths.max()}")
         go = returns_to_go(dataset.rewards, dataset.ends, dataset.terminated, config.gamma, config.timeout)
         raw = {"obs": dataset.observations, "action": dataset.actions, "return": go[:, None]}
         self.normalizer = normalizer or Normalizer.fit(device, **raw)
@@ -415,11 +369,10 @@ class Batches:
         self.returns_to_go = returns.squeeze(1)                                  # (T,)
         self.begins = torch.tensor(np.repeat(begins, lengths), device=device)    # (T,)
         self.starts = torch.tensor(starts, device=device)                        # (W,)
-        self.chunk = torch.arange(config.horizon, device=device)
-        self.past = torch.arange(1 - config.history, 1, device=device)
-        self.counts = (f"{len(starts):,} windows of {config.horizon} actions; dropped: "
-                       f"{(lengths < config.horizon).sum():,} shorter episodes, and the last "
-                       f"{config.horizon - 1} rows of the others as starts; R trains on every row")
+        self.chunk, self.past = (torch.arange(a, b, device=device)
+                                 for a, b in ((0, config.horizon), (1 - config.history, 1)))
+        self.counts = (f"{len(starts):,} windows of {config.horizon} actions; dropped as starts: {len(go) - len(starts):,} "
+                       f"rows near an episode's end ({(lengths < config.horizon).sum():,} whole episodes); R trains on all")
 
     def states(self, rows):
         """(B,) rows -> (B, h O): the last h observations, an episode's first one repeated backwards."""
@@ -436,14 +389,12 @@ class Batches:
         return self.states(rows), self.actions[rows], self.returns_to_go[rows]
 
 # ---- 3. Network (released: a 1-D temporal U-Net whose blocks are scaled and shifted by a condition) --
-
 def expand(t):
     """(B,) -> (B, 1, 1), so that one noise level per sample multiplies a whole chunk (B, H, A)."""
     return t[:, None, None]
 
 class LevelEmbedding(nn.Module):
     """Noise level (B,) -> (B, width): sinusoids of 250 ln(level), then a two-layer MLP."""
-
     def __init__(self, width):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
@@ -455,24 +406,19 @@ class LevelEmbedding(nn.Module):
         return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=1))
 
 class TemporalConv(nn.Module):
-    """Convolution over time (B, L, C_in) -> (B, L, C_out), LayerNorm, SiLU (released: GroupNorm, Mish).
-
-    One matrix product over the `kernel` shifted copies of the input: for chunks this short faster on
-    a CPU than the library's convolution.
-    """
-
+    """Convolution over time (B, L, C_in) -> (B, L, C_out), LayerNorm, SiLU (released: GroupNorm, Mish)."""
     def __init__(self, c_in, c_out, kernel):
         super().__init__()
         self.kernel, self.linear, self.norm = kernel, nn.Linear(kernel * c_in, c_out), nn.LayerNorm(c_out)
 
     def forward(self, x):
+        # one matrix product over the shifted copies: for short chunks faster than the CPU's convolution
         padded = nn.functional.pad(x, (0, 0, self.kernel // 2, self.kernel // 2))
         shifted = [padded[:, i:i + x.shape[1]] for i in range(self.kernel)]
         return nn.functional.silu(self.norm(self.linear(torch.cat(shifted, dim=2))))
 
 class ResidualBlock(nn.Module):
     """Two temporal convolutions and a skip; the condition scales and shifts between them (FiLM)."""
-
     def __init__(self, c_in, c_out, kernel, dropout):
         super().__init__()
         self.first, self.second = TemporalConv(c_in, c_out, kernel), TemporalConv(c_out, c_out, kernel)
@@ -486,12 +432,10 @@ class ResidualBlock(nn.Module):
 class UNet1d(nn.Module):
     """F(x, t, state[, k]): a temporal U-Net over a chunk of H actions; teacher and student share it.
 
-    x (B, H, A), t (B,) > 0, state (B, S), for the student k (B,) > 0 -> (B, H, A). `patch` actions
-    are folded into one position first, and each level down halves the positions: H must be a multiple
-    of patch 2^(levels - 1). The embedding of k starts at zero, so that a student loaded with the
-    teacher's weights is the teacher (warm start).
+    x (B, H, A), t (B,) > 0, state (B, S), for the student k (B,) > 0 -> (B, H, A); H a multiple of
+    patch 2^(levels - 1), since `patch` actions become one position and each level halves those. The
+    embedding of k starts at zero: a student loaded with the teacher's weights is the teacher.
     """
-
     def __init__(self, action_dim, state_dim, channels=(64, 128), kernel=3, blocks=1, patch=4, embed=128,
                  dropout=0.0, two_levels=False):
         super().__init__()
@@ -502,11 +446,9 @@ class UNet1d(nn.Module):
             nn.init.zeros_(self.embed_k.mlp[2].weight), nn.init.zeros_(self.embed_k.mlp[2].bias)
         self.condition = nn.Sequential(nn.Linear(embed + state_dim, 2 * embed), nn.SiLU(),
                                        nn.Linear(2 * embed, 2 * embed), nn.SiLU())
-
         def stack(c_in, c_out):
             return nn.ModuleList(ResidualBlock(c_out if i else c_in, c_out, kernel, dropout)
                                  for i in range(blocks))
-
         pairs = list(zip(channels, channels[1:]))
         self.down = nn.ModuleList(stack(a, b) for a, b in zip((folded, *channels), channels))
         self.shrink = nn.ModuleList(nn.Linear(2 * a, a) for a, _ in pairs)       # two positions -> one
@@ -538,7 +480,6 @@ class UNet1d(nn.Module):
         return self.out(h).reshape(x.shape)
 
 # ---- 4. EDM teacher (RACTD Eq. 4; Karras et al. 2022) ---------------------------------------------
-
 def karras_sigmas(n=80, smin=SIGMA_MIN, smax=SIGMA_MAX, rho=7.0):
     """The noise grid, descending from smax to smin: (n,) float64 (Karras et al. 2022, Eq. 5)."""
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
@@ -578,10 +519,7 @@ def heun_step(denoiser, x, t, u):
 
 @torch.no_grad()
 def heun_sample(denoiser, x, sigmas):
-    """Solve the ODE over a descending grid (n,): x (B, H, A) at sigmas[0] -> (x at sigmas[-1], NFE).
-
-    n levels are n - 1 Heun steps are 2 (n - 1) network calls: 158 for the paper's 80.
-    """
+    """Solve the ODE: x (B, H, A) at sigmas[0] -> (x at sigmas[-1], NFE = 2 (n - 1), 158 for 80 levels)."""
     levels = sigmas.to(x)[:, None].expand(-1, len(x))                            # (n, B)
     for t, u in zip(levels, levels[1:]):
         x = heun_step(denoiser, x, t, u)
@@ -592,10 +530,9 @@ def squared(a, b):
     return (a - b).square().flatten(1).mean(1)
 
 def pseudo_huber(a, b):
-    """sqrt(||a - b||^2 + c^2) - c over the whole chunk, c = 0.00054 sqrt(dim) (Song & Dhariwal 2023).
+    """sqrt(||a - b||^2 + c^2) - c, c = 0.00054 sqrt(dim): (B, ...) -> (B,) (Song & Dhariwal 2023).
 
-    (B, ...) -> (B,). For so small a c this is the Euclidean norm, whose minimiser is the median. (The
-    released code squares twice, sqrt(e^4 + c^2) - c per element, which is `squared` in all but name.)
+    Its minimiser is the median. (Released: sqrt(e^4 + c^2) - c per element, `squared` in all but name.)
     """
     error = (a - b).flatten(1)
     c = 0.00054 * math.sqrt(error.shape[1])
@@ -608,24 +545,17 @@ def edm_weight(t):
     return (t**2 + SIGMA_DATA**2) / (t * SIGMA_DATA) ** 2
 
 def edm_loss(denoiser, x0, t, noise, distance=squared):
-    """Eq. 4: w(t) d(x0, D(x0 + t noise, t)), mean over the batch -> (loss, info).
+    """Eq. 4: w(t) d(x0, D(x0 + t noise, t)), mean over the batch -> (loss, info: by noise level).
 
-    The squared error, because the ODE needs the posterior mean E[x0 | x_t]; the paper's pseudo-Huber
-    gives a geometric median. info: the loss at low, middle and high noise.
+    Squared, because the ODE needs the mean E[x0 | x_t]; the paper's pseudo-Huber gives a median.
     """
     loss = edm_weight(t) * distance(denoiser(x0 + expand(t) * noise, t), x0)     # (B,)
     bands = {"low": t < 0.2, "mid": (t >= 0.2) & (t < 1), "high": t >= 1}
-    info = {name: (loss.detach() * m).sum() / m.sum().clamp(min=1) for name, m in bands.items()}
-    return loss.mean(), info
+    return loss.mean(), {name: (loss.detach() * m).sum() / m.sum().clamp(min=1) for name, m in bands.items()}
 
 # ---- 5. Reward model (RACTD Eq. 8): the return-to-go of one state and action ----------------------
-
 class RewardModel(nn.Module):
-    """R(s_n, a_n): normalised state (B, S) and current action (B, A) -> normalised return-to-go (B,).
-
-    The released residual MLP: 3 stages of 2 blocks, 64-128-256 wide.
-    """
-
+    """R(s_n, a_n): state (B, S), action (B, A) -> return-to-go (B,), all normalised; the released MLP."""
     def __init__(self, state_dim, action_dim, widths=(64, 128, 256)):
         super().__init__()
         self.enter = nn.ModuleList(nn.Linear(a, b) for a, b in zip((state_dim + action_dim, *widths), widths))
@@ -647,7 +577,6 @@ def reward_model_loss(prediction, returns_to_go):
     return loss, {"rmse": loss.detach().sqrt()}
 
 # ---- 6. CTM student and its three losses (RACTD Eqs. 5-9; Kim et al. 2024) ------------------------
-
 def mix(x, g, t, k):
     """G = (k/t) x + (1 - k/t) g: exactly x at k = t, g at k = 0 (Kim et al. 2024)."""
     ratio = expand(k / t)
@@ -658,10 +587,9 @@ def student_jump(net, x, t, k, state):
     return mix(x, denoise(net, x, t, state, k), t, k)
 
 def draw_jumps(batch, sigmas):
-    """Grid levels t > u >= k, each (B,), of a batch of CTM samples; u lies one grid step below t.
+    """Grid levels t > u >= k, each (B,): i_t ~ U{0..n-2}, i_u = i_t + 1, i_k ~ U{i_u..n-1}.
 
-    i_t ~ U{0..n-2}, i_u = i_t + 1, i_k ~ U{i_u..n-1}. k = u, the direct anchor on the teacher, is among
-    them; u = t, which teaches nothing, is not (15 % of the released code's draws).
+    k = u, the direct anchor on the teacher, is among them; u = t, 15 % of the released draws, is not.
     """
     n = len(sigmas)
     i_t = torch.randint(n - 1, (batch,), device=sigmas.device)
@@ -678,9 +606,8 @@ def mixed_levels(batch, device="cpu", rho=7.0):
 def ctm_loss(x_hat, x_ref, jump_to_zero, distance=pseudo_huber):
     """Eq. 5: the student's jump against the teacher's, both carried on to 0 -> (loss, info).
 
-    x_hat (B, H, A) = G(x_t, t, k), with gradient; x_ref = G_sg(Solver(x_t, t, u), u, k), without (both
-    Eq. 6). jump_to_zero: callable, x at k -> x at 0, frozen in its weights but not in its input:
-    the student's gradient passes through it.
+    x_hat (B, H, A) = G(x_t, t, k), with gradient; x_ref = G_sg(Solver(x_t, t, u), u, k), without (Eq. 6).
+    jump_to_zero: callable, x at k -> x at 0; its weights are frozen, but the gradient passes through it.
     """
     with torch.no_grad():
         target = jump_to_zero(x_ref)
@@ -699,10 +626,10 @@ def dsm_loss(prediction, x0, t, distance=squared):
 def reward_loss(reward_model, state, action, pull=None):
     """Eq. 8: -R(s_n, a_n), mean over the batch -> (loss, info).
 
-    state (B, S); action (B, A): the current action of the student's one-step sample, clipped here to
-    the action box [-1, 1], outside which R extrapolates and its gradient runs away. With a pull, R is
-    measured in units of its batch mean |dR/da| / pull: the gradient on the action has that norm
-    whatever the range of R, beside a CTM loss whose gradient on the chunk has norm 1. None is Eq. 8.
+    state (B, S); action (B, A): the first of the student's one-step sample, clipped to the action box,
+    outside which R extrapolates and its gradient runs away. With a pull, R is divided by its mean slope
+    |dR/da|: the gradient on the action has the norm `pull` whatever the range of R, beside a CTM loss
+    whose gradient on the chunk has norm 1. None is Eq. 8 to the letter.
     """
     action = action.clamp(-1, 1)
     value = reward_model(state, action)                                          # (B,)
@@ -715,9 +642,8 @@ def reward_loss(reward_model, state, action, pull=None):
 def distillation_loss(student, target, teacher, reward_model, state, x0, config):
     """Eq. 9: alpha L_CTM + beta L_DSM + sigma L_Reward on one batch -> (loss, info).
 
-    target, teacher: frozen networks; reward_model: frozen callable (state, action) -> (B,); state
-    (B, S), x0 (B, H, A), normalised. config: a Config, of which the student's fields are used. The
-    student is called once, on the inputs of all three losses side by side.
+    target, teacher, reward_model (any callable (state, action) -> (B,)): frozen; state (B, S), x0
+    (B, H, A); config: the student's fields of Config. One student call serves all three losses.
     """
     sigmas = karras_sigmas(config.grid_points).to(x0)
     t, u, k = draw_jumps(len(x0), sigmas)
@@ -736,11 +662,8 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
     x, start, end = (torch.cat(parts) for parts in zip(*jumps.values()))
     outputs = denoise(student, x, start, state.repeat(len(jumps), 1), end).split(len(x0))
     g = dict(zip(jumps, outputs))                                                # loss -> (B, H, A)
-
-    def to_zero(x):                      # G_sg(x, k, 0) of Eq. 5
-        return student_jump(target, x, k, zero, state)
-
-    losses = {"ctm": ctm_loss(mix(x_t, g["ctm"], t, k), x_ref, to_zero, DISTANCES[config.ctm_distance])}
+    losses = {"ctm": ctm_loss(mix(x_t, g["ctm"], t, k), x_ref, lambda x: student_jump(target, x, k, zero, state),
+                              DISTANCES[config.ctm_distance])}
     if config.dsm_weight:
         x_s, s, end = jumps["dsm"]
         x_hat = g["dsm"] if config.dsm_target == "denoiser" else mix(x_s, g["dsm"], s, end)
@@ -757,9 +680,8 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
 def student_sample(jump, noise, sigmas, nfe=1, init_noise=SIGMA_MAX, renoise=torch.randn_like):
     """xhat_0 = G(x_T, T, 0), the policy's one network call; optionally nfe - 1 refinements.
 
-    jump: callable (x, t, k) -> x; noise (B, H, A) ~ N(0, 1), taken init_noise times; a refinement
-    restarts from fresh noise at grid index ceil(i n / nfe): 27 and 54 of 80 for nfe = 3, sigma 12.0
-    and 0.885. Returns (x (B, H, A), nfe).
+    jump: callable (x, t, k) -> x; noise (B, H, A) ~ N(0, 1). A refinement restarts from fresh noise at
+    grid index ceil(i n / nfe): for nfe = 3 and n = 80 at 27 and 54, sigma 12.0 and 0.885. -> (x, nfe)
     """
     levels = sigmas.to(noise)[:, None].expand(-1, len(noise))                    # (n, B)
     x = jump(init_noise * noise, levels[0], levels[-1])
@@ -769,7 +691,6 @@ def student_sample(jump, noise, sigmas, nfe=1, init_noise=SIGMA_MAX, renoise=tor
     return x, nfe
 
 # ---- 7. Training ----------------------------------------------------------------------------------
-
 @contextmanager
 def replacing(path):
     """A binary file that takes the place of `path` once it is written whole, or never."""
@@ -805,19 +726,17 @@ def ema_update(target, online, decay):
 
 def cosine(step, steps, warmup):
     """Learning-rate factor: linear warm-up, then half a cosine down to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    rest = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return (step + 1) / warmup if step < warmup else rest
 
 def fit(stage, net, average, decay, loss_fn, run, meta):
     """Train `net` for config.<stage>_steps, leaving <stage>.pt and lines in log.jsonl; resumes by itself.
 
-    loss_fn() draws a batch and returns (loss, {name: tensor}). average: frozen copy of net that
-    follows it as an EMA with decay(step), and is what is used afterwards. All randomness is torch's
-    global generator, whose state is in the checkpoint: a run killed at any moment and started again
-    ends, on the CPU, in the same bits. run: the command line; meta: what else the checkpoint holds.
+    loss_fn() draws a batch -> (loss, {name: tensor}); average: frozen copy of net, its EMA by decay(step),
+    used afterwards; meta: what else the checkpoint holds. All randomness is torch's generator, which is
+    in the checkpoint: a run killed at any moment and started again ends, on the CPU, in the same bits.
     """
-    config, path, log, cuda = run.config, run.out / f"{stage}.pt", run.out / "log.jsonl", run.device.type == "cuda"
+    config, path, log = run.config, run.out / f"{stage}.pt", run.out / "log.jsonl"
     steps, lr, warmup, weight_decay = (getattr(config, f"{stage}_{x}") for x in ("steps", "lr", "warmup", "decay"))
     optimizer = torch.optim.AdamW(net.parameters(), lr, (0.95, 0.999), weight_decay=weight_decay, fused=True)
     parts, step, before = dict(net=net, ema=average, optimizer=optimizer), 0, 0.0
@@ -827,13 +746,12 @@ def fit(stage, net, average, decay, loss_fn, run, meta):
         step, before, meta["id"] = saved["step"], saved["seconds"], saved["id"]
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        torch.set_rng_state(saved["rng"].cpu())
-        if cuda:
-            torch.cuda.set_rng_state(saved["rng_cuda"].cpu())
+        torch.set_rng_state(saved["rng"][0].cpu())
+        torch.cuda.set_rng_state_all([state.cpu() for state in saved["rng"][1:]])    # none on the CPU
         print(f"{stage}: goes on from step {step:,} of {steps:,}")
-    rows = [json.loads(x) for x in (log.read_text().splitlines() if log.exists() else ()) if x.endswith("}")]
+    rows = [row for row in read_log(run.out) if row["stage"] != stage or row["step"] <= step]
     with replacing(log) as f:            # without what will be logged again
-        f.writelines((json.dumps(r) + "\n").encode() for r in rows if r["stage"] != stage or r["step"] <= step)
+        f.writelines((json.dumps(row) + "\n").encode() for row in rows)
     stop, sums, mark, began, saved_at = [], {}, (time.time(), step), time.time(), time.time()
     handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))     # no step is left half done
     while step < steps and not stop:
@@ -855,26 +773,29 @@ def fit(stage, net, average, decay, loss_fn, run, meta):
                 raise UserError(f"{stage}: {name} is {means[name]} between steps {mark[1]:,} and {step:,}; last "
                                 f"checkpoint: {path if path.exists() else 'none'}; try a smaller --{stage}-lr")
             rate = (step - mark[1]) / (time.time() - mark[0])
-            minutes, seconds = divmod(round((steps - step) / rate), 60)
-            print(f"{stage:8}{step:8,}/{steps:,} {step / steps:5.0%}  "
-                  + "  ".join(f"{name} {v:7.4f}" for name, v in means.items())
-                  + f"  {rate:6.1f} steps/s  ETA {minutes}:{seconds:02}", flush=True)
+            eta = time.strftime("%H:%M:%S", time.gmtime((steps - step) / rate))
+            numbers = "  ".join(f"{name} {v:7.4f}" for name, v in means.items())
+            print(f"{stage:8}{step:8,}/{steps:,} {step / steps:5.0%}  {numbers}  {rate:6.1f} steps/s  ETA {eta}", flush=True)
             with open(log, "a") as f:
                 f.write(json.dumps(dict(stage=stage, step=step, steps=steps, **means, steps_per_s=rate)) + "\n")
             sums, mark = {}, (time.time(), step)
         if save:                         # after the check: a broken state never replaces a good one
             saved_at = time.time()
             state = {name: part.state_dict() for name, part in parts.items()}
-            rng = dict(rng=torch.get_rng_state(), rng_cuda=torch.cuda.get_rng_state() if cuda else None)
+            rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if run.device.type == "cuda" else ())]
             with replacing(path) as f:
-                torch.save(dict(meta, step=step, steps=steps, seconds=before + saved_at - began, **state, **rng), f)
+                torch.save(dict(meta, step=step, steps=steps, seconds=before + saved_at - began, rng=rng, **state), f)
     signal.signal(signal.SIGINT, handler)
     if step < steps:
         print(f"{stage}: stopped at step {step:,} of {steps:,}, saved in {path}. The same command goes on.")
         raise KeyboardInterrupt
 
-# ---- 8. Acting and evaluation ---------------------------------------------------------------------
+def read_log(out):
+    """The rows of log.jsonl, less a last one that was cut short."""
+    path = out / "log.jsonl"
+    return [json.loads(x) for x in (path.read_text().splitlines() if path.exists() else ()) if x.endswith("}")]
 
+# ---- 8. Acting and evaluation ---------------------------------------------------------------------
 def make_unet(config, dims, two_levels=False, dropout=0.0):
     """The U-Net of a configuration; dims = sizes of an observation and an action."""
     return UNet1d(dims[1], config.history * dims[0], config.channels, config.kernel, config.blocks,
@@ -892,52 +813,39 @@ def load_reward_model(checkpoint, normalizer, device):
     return lambda state, action: net(change("obs", state), change("action", action))
 
 class Policy:
-    """A trained teacher or student that acts: raw observations in, raw chunks of actions out.
-
-    checkpoint: as loaded from teacher.pt or student.pt; config: its acting fields are used;
-    reward_checkpoint: of reward.pt, if config.candidates > 1.
-    """
-
-    def __init__(self, checkpoint, config, device="cpu", reward_checkpoint=None):
+    """A teacher.pt or student.pt as loaded, acting: raw observations in, raw chunks of actions out."""
+    def __init__(self, checkpoint, config, device="cpu"):
         saved, self.config, self.device = Config(**checkpoint["config"]), config, device
         self.student = checkpoint["stage"] == "student"
         self.net = frozen(make_unet(saved, checkpoint["dims"], two_levels=self.student)).to(device)
         self.net.load_state_dict(checkpoint["ema"])
         self.normalizer = Normalizer(checkpoint["normalizer"])
-        self.shape = (config.candidates, saved.horizon, checkpoint["dims"][1])   # (n, H, A)
+        self.shape = (saved.horizon, checkpoint["dims"][1])                      # (H, A)
         self.sigmas = karras_sigmas(saved.grid_points if self.student else config.teacher_points)
         self.nfe = config.nfe if self.student else 2 * (config.teacher_points - 1)
-        if config.candidates > 1:
-            self.reward_model = load_reward_model(reward_checkpoint, self.normalizer, device)
 
     @torch.no_grad()
     def __call__(self, observations, generators):
         """observations (B, h, O) and one numpy Generator per row -> actions (B, H, A)."""
         def noise(_=None):
             draws = [generator.standard_normal(self.shape, np.float32) for generator in generators]
-            return torch.tensor(np.concatenate(draws), device=self.device)       # (B n, H, A)
-
-        state = self.normalizer.encode("obs", torch.tensor(observations, dtype=torch.float32, device=self.device))
-        state = state.flatten(1).repeat_interleave(self.shape[0], dim=0)         # (B n, h O)
+            return torch.tensor(np.stack(draws), device=self.device)             # (B, H, A)
+        observations = torch.tensor(observations, dtype=torch.float32, device=self.device)
+        state = self.normalizer.encode("obs", observations).flatten(1)           # (B, h O)
         if self.student:
             x, _ = student_sample(lambda x, t, k: student_jump(self.net, x, t, k, state), noise(),
                                   self.sigmas, self.nfe, self.config.init_noise, noise)
         else:
             x, _ = heun_sample(lambda x, t: denoise(self.net, x, t, state),
                                self.config.init_noise * noise(), self.sigmas)
-        x = x.clamp(-1, 1).view(-1, *self.shape)                                 # in the action box
-        best = torch.zeros(len(x), dtype=torch.long, device=self.device)
-        if self.shape[0] > 1:
-            best = self.reward_model(state, x[:, :, 0].flatten(0, 1)).view(len(x), -1).argmax(1)
-        return self.normalizer.decode("action", x[torch.arange(len(x)), best]).cpu().numpy()
+        return self.normalizer.decode("action", x.clamp(-1, 1)).cpu().numpy()    # in the action box
 
 def evaluate(policy, make_env, episodes=20, first_seed=0, history=1, execute=1):
     """Closed-loop returns of `episodes` episodes in lockstep, one policy call for all still running.
 
     policy: (observations (B, h, O), B numpy Generators) -> actions (B, H, A), of which `execute` are
-    carried out before the next call. Episode i is seeded first_seed + i, simulator and noise. A
-    return sums the raw rewards of env.step, the terminating one included (the released code sums
-    running maxima). Returns dict(returns, lengths, simulator_s, network_s).
+    carried out. Episode i has seed first_seed + i, simulator and noise. Returns sum the raw rewards
+    of env.step (released: running maxima). -> dict(returns, lengths, simulator_s, network_s)
     """
     envs = [make_env() for _ in range(episodes)]
     pasts = [[env.reset(seed=first_seed + i)[0]] * history for i, env in enumerate(envs)]
@@ -945,8 +853,9 @@ def evaluate(policy, make_env, episodes=20, first_seed=0, history=1, execute=1):
     returns, lengths, running = np.zeros(episodes), np.zeros(episodes, int), list(range(episodes))
     network_s, began = 0.0, time.perf_counter()
     while running:
-        asked = time.perf_counter()
-        plans = policy(np.array([pasts[i] for i in running]), [generators[i] for i in running])
+        asked, spare = time.perf_counter(), -len(running) % 16   # other batch sizes may round differently
+        plans = policy(np.array([pasts[i] for i in running + running[:1] * spare]),
+                       [generators[i] for i in running] + [np.random.default_rng(0)] * spare)
         network_s += time.perf_counter() - asked
         ended = set()
         for i, plan in zip(running, plans):
@@ -968,17 +877,19 @@ def normalized_score(env, value):
     return 100 * (value - random) / (expert - random)
 
 # ---- 9. The pipeline: data -> teacher, reward model -> student -> score ---------------------------
-
 STAGES = {"teacher": ("data", "network", "teacher"), "reward": ("data", "reward"),
           "student": ("data", "network", "student")}     # stage -> parts of Config its checkpoint depends on
 
+def refuse(path, pairs, way_out):
+    """Raise UserError if a checkpoint differs from what is asked; pairs: (name, saved, asked)."""
+    if wrong := [f"{name}: {a} in the file, {b} asked for" for name, a, b in pairs if a != b]:
+        raise UserError("\n  ".join([f"{path} was made otherwise:", *wrong]) + f"\nGive the same values, {way_out}.")
+
 class Pipeline:
     """The dataset and the three stages: each is loaded if it is there and trained if it is not."""
-
     def __init__(self, run):
         self.run, config, normalizer = run, run.config, None
         dataset = load_dataset(run.env, run.data)
-        print(dataset)
         self.dims = [dataset.observations.shape[1], dataset.actions.shape[1]]
         env = simulator(run.env, run.data)()
         sizes = [math.prod(space.shape) for space in (env.observation_space, env.action_space)]
@@ -988,7 +899,7 @@ class Pipeline:
         if run.teacher:                  # its coordinates are the student's too
             normalizer = Normalizer(load_checkpoint(run.teacher, "teacher", run.device)["normalizer"])
         self.batches = Batches(dataset, config, run.device, normalizer)
-        print("      " + self.batches.counts)
+        print(dataset, self.batches.counts, sep="\n      ")
         for stage in STAGES:             # epochs -> steps
             steps, batch = getattr(config, f"{stage}_steps"), getattr(config, f"{stage}_batch")
             rows = len(self.batches.obs if stage == "reward" else self.batches.starts)
@@ -1008,7 +919,6 @@ class Pipeline:
         else:
             net = RewardModel(config.history * dims[0], dims[1]) if stage == "reward" else make_unet(config, dims)
         average = frozen(deepcopy(net.to(device)))
-
         def loss_fn():
             if stage == "teacher":
                 state, x0 = batches.windows(config.teacher_batch)
@@ -1019,7 +929,6 @@ class Pipeline:
                 return reward_model_loss(net(state, action), target)
             return distillation_loss(net, average, teacher, reward_model,
                                      *batches.windows(config.student_batch), config)
-
         def decay(step):                 # of teacher and reward model: the released schedule
             return config.target_decay if stage == "student" else min(0.9999, 1 - (1 + step) ** -0.75)
         return net, average, decay, loss_fn
@@ -1038,8 +947,7 @@ class Pipeline:
                 print(f"{stage}: {path}, {checkpoint['step']:,} steps in {checkpoint['seconds']:.0f} s")
                 return checkpoint
         run.out.mkdir(parents=True, exist_ok=True)
-        with replacing(run.out / "config.json") as f:
-            f.write(json.dumps(dataclasses.asdict(run.config), indent=2).encode())
+        (run.out / "config.json").write_text(json.dumps(dataclasses.asdict(run.config), indent=2) + "\n")
         torch.manual_seed(run.config.seed)
         net, *rest = self.build(stage, saved)
         print(f"{stage}: {sum(p.numel() for p in net.parameters()):,} parameters")
@@ -1054,34 +962,44 @@ class Pipeline:
         if elsewhere:                    # what it was trained on, and how, is its own affair
             keys, fields = ("env", "dims"), ["horizon", "history"] + [
                 f for f in ("channels", "kernel", "blocks", "patch", "embed") if stage == "teacher"]
-        pairs = [(name, saved["config"][name], getattr(self.run.config, name)) for name in fields]
-        pairs += [(key, saved.get(key), meta[key]) for key in keys]
-        if wrong := [f"{name}: {a} in the file, {b} now" for name, a, b in pairs if a != b]:
-            way_out = "another file" if elsewhere else f"another --out, or --retrain {stage}"
-            raise UserError("\n  ".join([f"{path} does not fit this run:", *wrong]) + f"\nGive the same values, {way_out}.")
+        refuse(path, [(name, saved["config"][name], getattr(self.run.config, name)) for name in fields]
+               + [(key, saved.get(key), meta[key]) for key in keys],
+               "another file" if elsewhere else f"another --out, or --retrain {stage}")
+
+    def dry_run(self):
+        """Five steps of every stage in a folder that is thrown away, and what the whole would take."""
+        run, saved, minutes, self.run.teacher, self.run.reward = self.run, {}, 0.0, None, None
+        print(json.dumps(dataclasses.asdict(run.config), indent=2))
+        with tempfile.TemporaryDirectory() as folder:
+            run.out = Path(folder)
+            for stage in STAGES:
+                steps = getattr(run.config, f"{stage}_steps")
+                setattr(run.config, f"{stage}_steps", 5)
+                saved[stage] = self.obtain(stage, dict(saved) if stage == "student" else None)
+                seconds = 1 / read_log(run.out)[-1]["steps_per_s"]
+                minutes += steps * seconds / 60
+                print(f"{stage}: {seconds:.3f} s a step, {steps:,} steps: {steps * seconds / 60:.1f} min")
+        print(f"estimated total: {minutes:.1f} min of training, then {run.config.episodes} episodes")
 
 def plot_curves(out):
     """training.png: every logged loss of the three stages."""
-    import matplotlib
-    matplotlib.use("Agg")
     from matplotlib import pyplot
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    pyplot.switch_backend("Agg")         # needs no screen
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     for stage, axis in zip(STAGES, axes):
-        mine = [row for row in rows if row["stage"] == stage]
-        for name in (x for row in mine[:1] for x in row if x not in ("stage", "step", "steps", "grad", "steps_per_s")):
-            axis.plot([row["step"] for row in mine], [row[name] for row in mine], label=name)
-        axis.set(title=stage, xlabel="gradient steps", ylabel="mean since the last point")
-        axis.legend(fontsize=8) if mine else axis.text(0.5, 0.5, "not trained here", ha="center")
+        rows = [row for row in read_log(out) if row["stage"] == stage]
+        for name in [x for row in rows[:1] for x in row if x not in ("stage", "step", "steps", "grad", "steps_per_s")]:
+            axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
+        axis.set(title=stage, xlabel="gradient steps")
+        axis.legend(fontsize=8) if rows else axis.text(0.1, 0.5, "not trained in this folder")
     figure.savefig(out / "training.png", dpi=110)
     pyplot.close(figure)
 
 def assess(run, saved, actor, name):
     """Score saved[actor] in the simulator; write <out>/<name>, print a table, return the metrics."""
-    import gymnasium
-    import mujoco
+    import gymnasium, mujoco  # noqa: E401
     config, checkpoint = run.config, saved[actor]
-    policy, times = Policy(checkpoint, config, run.device, saved.get("reward")), []
+    policy, times = Policy(checkpoint, config, run.device), []
     print(f"evaluation: {config.episodes} episodes, {policy.nfe} network call(s) per action", flush=True)
     result = evaluate(policy, simulator(run.env, run.data), config.episodes, config.first_seed, config.history,
                       config.execute)
@@ -1093,7 +1011,7 @@ def assess(run, saved, actor, name):
     scores = normalized_score(run.env, returns)
     commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
     metrics = dict(
-        env=run.env, dataset=data, nfe=policy.nfe, candidates=config.candidates, init_noise=config.init_noise,
+        env=run.env, dataset=data, nfe=policy.nfe, init_noise=config.init_noise,
         method="teacher" if not policy.student else "RACTD" if checkpoint["config"]["reward_weight"] else "CTD",
         episodes=n, seeds=list(range(config.first_seed, config.first_seed + n)), **result,
         return_mean=returns.mean(), normalized_score_mean=scores.mean(),
@@ -1107,26 +1025,20 @@ def assess(run, saved, actor, name):
         f.write(json.dumps(plain, indent=2, default=float).encode())
     print(f"\n{run.env} on {data['name']} ({data['source']}), {n} episodes from seed {config.first_seed}\n"
           f"{'':<32}   return    score  std. err.  ms/action")
-    for label, value, rest in (("data, best episode", data["return_best"], ""),
-                               ("data, mean episode", data["return_mean"], ""),
-                               (f"{metrics['method']}, {policy.nfe} network call(s)", metrics["return_mean"],
-                                f"{metrics['normalized_score_sem']:11.1f}{metrics['ms_per_action']:11.2f}")):
-        print(f"{label:<32}{value:9.0f}{normalized_score(run.env, value):9.1f}{rest}")
+    for label, value in (("data, best episode", data["return_best"]), ("data, mean episode", data["return_mean"]),
+                         (f"{metrics['method']}, {policy.nfe} network call(s)", metrics["return_mean"])):
+        print(f"{label:<32}{value:9.0f}{normalized_score(run.env, value):9.1f}", end="" if label[0] != "d" else "\n")
+    print(f"{metrics['normalized_score_sem']:11.1f}{metrics['ms_per_action']:11.2f}")
     if data["source"] != "D4RL":
         print("The data are not D4RL's: these scores are NOT comparable with the paper's.")
     print(f"All numbers: {run.out / name}; training curves: {run.out / 'training.png'}")
 
 # ---- 10. Command line -----------------------------------------------------------------------------
-
 COMMANDS = {"data": "fetch or make the dataset and print what is in it",
             "teacher": "train the EDM diffusion teacher",
             "reward": "train the reward model (return-to-go)",
             "distill": "whatever of the above is missing, then the student, then its score",
             "evaluate": "act with a saved student or teacher"}
-
-def integers(text):
-    """'64,128' -> (64, 128)."""
-    return tuple(map(int, text.split(",")))
 
 def build_parser():
     """One subparser per command; the hyperparameter flags are generated from Config."""
@@ -1141,22 +1053,20 @@ def build_parser():
         add("--out", help="folder for everything written (default: runs/<env>)")
         add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
         add("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
-        add("--preset", choices=PRESETS, default="default", help="default: minutes on two cores; paper: the "
-            "published sizes and schedule")
+        add("--preset", choices=PRESETS, default="default", help="default: for two cores; paper: as published")
         add("--save-every", type=float, default=30.0, help="seconds between checkpoints (default: 30)")
         add("--teacher", metavar="FILE", help="use a teacher trained elsewhere")
         add("--reward", metavar="FILE", help="use a reward model trained elsewhere")
-        add("--retrain", choices=STAGES, action="append", default=[], help="train this stage anew; its "
-            "checkpoint is kept as <stage>.old.pt")
-        add("--dry-run", action="store_true", help="three steps of every stage in a folder that is thrown away, "
-            "the configuration and the estimated time")
+        add("--retrain", choices=STAGES, action="append", default=[], help="train anew, keep <stage>.old.pt")
+        add("--dry-run", action="store_true", help="five steps of each stage, thrown away, and the total time")
         if command == "evaluate":
-            add("--model", choices=("student", "teacher"), default="student", help="(default: student)")
+            add("--model", choices=("student", "teacher"), default="student", help="who acts (default: student)")
         for f in dataclasses.fields(Config):
             many, choices = isinstance(f.default, tuple), f.metadata["choices"]
             shown = ",".join(map(str, f.default)) if many else f.default
             add("--" + f.name.replace("_", "-"), dest="config_" + f.name, choices=choices,
-                type=integers if many else f.type, metavar=None if choices else f.type.__name__.upper(),
+                type=(lambda text: tuple(map(int, text.split(",")))) if many else f.type,
+                metavar=None if choices else f.type.__name__.upper(),
                 help=f"{f.metadata['stage']}: {f.metadata['help']} (default: {shown})")
     return parser
 
@@ -1172,19 +1082,17 @@ def resolve(run):
     positions = config.patch * 2 ** (len(config.channels) - 1)
     for bad, sentence in (
             (not all(0 < c <= 8192 for c in config.channels), f"--channels {config.channels}: 1 to 8192 each"),
-            (config.kernel % 2 == 0, f"--kernel {config.kernel} must be odd"),
-            (config.embed % 2, f"--embed {config.embed} must be even"),
+            (config.kernel % 2 == 0 or config.embed % 2, f"--kernel {config.kernel} must be odd, --embed {config.embed} even"),
             (config.horizon % positions, f"--horizon {config.horizon} must be a multiple of {positions}: --patch "
              f"{config.patch}, halved {len(config.channels) - 1} times by the U-Net"),
-            (0 in (config.teacher_steps, config.reward_steps, config.student_steps), "0 steps train nothing"),
-            (not run.save_every >= 0, f"--save-every {run.save_every} must not be negative")):
+            (0 in (config.teacher_steps, config.reward_steps, config.student_steps), "0 steps train nothing")):
         if bad:
             raise UserError(sentence)
-    minari_id = run.data.removeprefix("minari:") if run.data.startswith("minari:") else None
-    if run.env not in ENVS and (run.env or not minari_id):
+    if not run.env and run.data.startswith("minari:"):
+        run.env = run.data.removeprefix("minari:")
+    elif run.env not in ENVS:
         near = sorted(ENVS, key=lambda name: -difflib.SequenceMatcher(None, name, run.env or "").ratio())
         raise UserError(f"--env {run.env} is unknown; known, nearest first: " + ", ".join(near))
-    run.env = run.env or minari_id
     if config.reward_weight < 0:
         config.reward_weight = ENVS[run.env][0] if run.env in ENVS else 1.0
     try:
@@ -1192,50 +1100,31 @@ def resolve(run):
         torch.zeros(1, device=run.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {run.device} cannot be used ({str(error).splitlines()[0]}); try cpu") from None
-    if run.threads > 0:
-        torch.set_num_threads(run.threads)
+    torch.set_num_threads(run.threads if run.threads > 0 else torch.get_num_threads())
     run.out = Path(run.out or Path("runs") / run.env.replace("/", "-"))
 
 def distill(run):
     """`distill`: whatever is missing of teacher and reward model, the student, its score."""
     pipeline, saved = Pipeline(run), {}
-    for stage in ("teacher", "reward") if run.config.reward_weight or run.config.candidates > 1 else ("teacher",):
+    if run.dry_run:
+        return pipeline.dry_run()
+    for stage in ("teacher", "reward") if run.config.reward_weight else ("teacher",):
         saved[stage] = pipeline.obtain(stage)
     saved["student"] = pipeline.obtain("student", dict(saved))
     assess(run, saved, "student", "metrics.json")
 
-def dry_run(run):
-    """`distill` for five steps a stage in a folder that is thrown away; prints what the whole would take."""
-    pipeline, saved, minutes = Pipeline(run), {}, 0.0
-    print(json.dumps(dataclasses.asdict(run.config), indent=2))
-    with tempfile.TemporaryDirectory() as folder:
-        run.out = Path(folder)
-        for stage in STAGES:
-            steps = getattr(run.config, f"{stage}_steps")
-            setattr(run.config, f"{stage}_steps", 5)
-            saved[stage] = pipeline.obtain(stage, dict(saved) if stage == "student" else None)
-            rate = json.loads((run.out / "log.jsonl").read_text().splitlines()[-1])["steps_per_s"]
-            minutes += steps / rate / 60
-            print(f"{stage}: {1 / rate:.3f} s a step, {steps:,} steps: {steps / rate / 60:.1f} min")
-    print(f"estimated total: {minutes:.1f} min of training, then {run.config.episodes} episodes")
-
 def evaluate_saved(run):
     """`evaluate`: the saved model brings its configuration, the command line how to act with it."""
-    stages = (run.model, "reward") if run.config.candidates > 1 else (run.model,)
-    saved = {stage: load_checkpoint(getattr(run, stage, None) or run.out / f"{stage}.pt", stage, run.device)
-             for stage in stages}
-    actor, episodes = saved[run.model], run.config.episodes
-    run.config = dataclasses.replace(Config(**actor["config"]), episodes=episodes)
-    wrong = [("env", actor["env"], run.env)] if actor["env"] != run.env else []
-    for f in (f for f in dataclasses.fields(Config) if f.name in run.given):
-        if f.metadata["stage"] == "acting" or f.name == "init_noise":
-            setattr(run.config, f.name, run.given[f.name])
-        elif run.given[f.name] != getattr(run.config, f.name):
-            wrong.append((f.name, getattr(run.config, f.name), run.given[f.name]))
-    if wrong:
-        raise UserError(f"this {run.model} was trained otherwise:" + "".join(
-            f"\n  {name}: {a} in the file, {b} asked for" for name, a, b in wrong))
-    assess(run, saved, run.model, f"evaluate_{run.model}.json")
+    path = getattr(run, run.model, None) or run.out / f"{run.model}.pt"
+    saved, asked = load_checkpoint(path, run.model, run.device), run.config
+    run.config = dataclasses.replace(Config(**saved["config"]), episodes=asked.episodes)
+    pairs = [("env", saved["env"], run.env)]
+    for name, value in run.given.items():
+        if Config.__dataclass_fields__[name].metadata["stage"] == "acting" or name == "init_noise":
+            setattr(run.config, name, value)
+        pairs.append((name, getattr(run.config, name), value))
+    refuse(path, pairs, "no such flag, or another --out")
+    assess(run, {run.model: saved}, run.model, f"evaluate_{run.model}.json")
 
 def main(argv=None):
     """The command line. Returns the exit code: 0, 2 for something to put right, 130 for Ctrl-C."""
@@ -1246,17 +1135,12 @@ def main(argv=None):
             print(load_dataset(run.env, run.data))
         elif run.command == "evaluate":
             evaluate_saved(run)
-        elif run.dry_run:
-            dry_run(run)
-        elif run.command in ("teacher", "reward"):
+        elif run.command in ("teacher", "reward") and not run.dry_run:
             Pipeline(run).obtain(run.command)
         else:
             distill(run)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"ractd.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"ractd.py: cannot read or write {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
