@@ -65,7 +65,7 @@ def opt(default, stage, help, low=None, high=math.inf, choices=None):
 @dataclass
 class Config:
     """Every hyperparameter, each a command-line flag; in brackets what the released code has."""
-    seed: int = opt(0, "data", "seed of everything but evaluation", 0)
+    seed: int = opt(0, "data", "seed of everything but evaluation", 0, 2**63 - 1)
     horizon: int = opt(16, "data", "c or H: actions in a planned chunk [16]", 1, 1024)
     history: int = opt(1, "data", "h: last observations that a plan is conditioned on [1]", 1, 64)
     channels: tuple = opt((64, 128), "network", "U-Net channels per level [512,1024,2048]")
@@ -74,7 +74,7 @@ class Config:
     patch: int = opt(4, "network", "actions folded into one U-Net position [1]", 1, 64)
     embed: int = opt(128, "network", "width of the noise-level embedding, even", 8, 4096)
     teacher_steps: int = opt(4000, "teacher", "gradient steps; -n = n epochs [-1000]")
-    teacher_batch: int = opt(256, "teacher", "windows per step [1024]", 1)
+    teacher_batch: int = opt(256, "teacher", "windows per step [1024]", 1, 1_000_000)
     teacher_lr: float = opt(1e-3, "teacher", "peak AdamW learning rate [1e-4]", 1e-9, 1)
     teacher_warmup: int = opt(200, "teacher", "linear warm-up, steps [2000]", 0)
     teacher_decay: float = opt(1e-6, "teacher", "AdamW weight decay [1e-6]", 0, 10)
@@ -83,12 +83,12 @@ class Config:
     timeout: str = opt("extend", "reward", "after a time limit the mean of the last 100 rewards goes on "
                        "for ever, or nothing does [cut]", choices=("extend", "cut"))
     reward_steps: int = opt(4000, "reward", "gradient steps; -n = n epochs [-50]")
-    reward_batch: int = opt(256, "reward", "transitions per step [64]", 1)
+    reward_batch: int = opt(256, "reward", "transitions per step [64]", 1, 1_000_000)
     reward_lr: float = opt(1e-3, "reward", "peak AdamW learning rate [2e-4]", 1e-9, 1)
     reward_warmup: int = opt(20, "reward", "linear warm-up, steps [20]", 0)
     reward_decay: float = opt(1e-3, "reward", "AdamW weight decay [1e-3]", 0, 10)
     student_steps: int = opt(2000, "student", "gradient steps; -n = n epochs [-400]")
-    student_batch: int = opt(256, "student", "windows per step [4800]", 1)
+    student_batch: int = opt(256, "student", "windows per step [4800]", 1, 1_000_000)
     student_lr: float = opt(5e-4, "student", "peak AdamW learning rate [1e-4]", 1e-9, 1)
     student_warmup: int = opt(100, "student", "linear warm-up, steps [500]", 0)
     student_decay: float = opt(1e-4, "student", "AdamW weight decay [1e-4]", 0, 10)
@@ -97,7 +97,7 @@ class Config:
     target_decay: float = opt(0.99, "student", "EMA decay of the frozen target, which also acts [0]", 0, 1)
     ctm_weight: float = opt(1.0, "student", "alpha of Eq. 9 [1]", 0, 1e6)
     dsm_weight: float = opt(1.0, "student", "beta of Eq. 9 [1]", 0, 1e6)
-    reward_weight: float = opt(-1.0, "student", "sigma of Eq. 9; 0 = CTD; -1 = released, by --env", -1, 1e6)
+    reward_weight: float = opt(1.0, "student", "sigma of Eq. 9, 0 = CTD; default by --env [same]", 0, 1e6)
     reward_scale: str = opt("slope", "student", "R in units of its mean |dR/da|, or as it is [none]",
                             choices=("slope", "none"))
     ctm_distance: str = opt("pseudo-huber", "student", "d of Eq. 5 [about squared]", choices=("squared", "pseudo-huber"))
@@ -299,7 +299,7 @@ def assemble(name, source, observations, actions, rewards, terminals, timeouts):
             raise UserError(f"{name}: {key} has type {array.dtype}, not numbers")
         if array.ndim != dims or 0 in array.shape or len(array) != len(observations):
             raise UserError(f"{name}: {key} has shape {array.shape}, not ({len(observations)},{' D' * (dims - 1)})")
-        if not (finite := np.isfinite(array)).all():
+        if not (finite := np.isfinite(array.astype(np.float32))).all():
             raise UserError(f"{name}: {key} is NaN or infinite in row {np.argwhere(~finite)[0][0]}")
     ends = np.flatnonzero((terminals != 0) | (timeouts != 0))
     if not len(ends):
@@ -686,7 +686,7 @@ def student_sample(jump, noise, sigmas, nfe=1, init_noise=SIGMA_MAX, renoise=tor
     levels = sigmas.to(noise)[:, None].expand(-1, len(noise))                    # (n, B)
     x = jump(init_noise * noise, levels[0], levels[-1])
     for i in range(1, nfe):
-        t = levels[-(-i * len(sigmas) // nfe)]
+        t = levels[min(-(-i * len(sigmas) // nfe), len(sigmas) - 1)]
         x = jump(x + expand((t**2 - SIGMA_MIN**2).sqrt()) * renoise(x), t, levels[-1])
     return x, nfe
 
@@ -707,7 +707,7 @@ def load_checkpoint(path, stage, device):
         raise UserError(f"no trained {stage} at {path}: `ractd.py distill` trains whatever is missing")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        found = checkpoint["stage"]
+        found, checkpoint["config"] = checkpoint["stage"], dataclasses.asdict(Config(**checkpoint["config"]))
     except Exception as error:           # torch and pickle raise many types for a damaged file
         raise UserError(f"{path} is damaged, or is not a checkpoint of this program "
                         f"({type(error).__name__}); move it away and give the same command again") from None
@@ -1085,7 +1085,7 @@ def resolve(run):
             (config.kernel % 2 == 0 or config.embed % 2, f"--kernel {config.kernel} must be odd, --embed {config.embed} even"),
             (config.horizon % positions, f"--horizon {config.horizon} must be a multiple of {positions}: --patch "
              f"{config.patch}, halved {len(config.channels) - 1} times by the U-Net"),
-            (0 in (config.teacher_steps, config.reward_steps, config.student_steps), "0 steps train nothing")):
+            (0 in (config.teacher_steps, config.reward_steps, config.student_steps), "0 steps train nothing: see --teacher-steps, --reward-steps, --student-steps")):
         if bad:
             raise UserError(sentence)
     if not run.env and run.data.startswith("minari:"):
@@ -1093,14 +1093,14 @@ def resolve(run):
     elif run.env not in ENVS:
         near = sorted(ENVS, key=lambda name: -difflib.SequenceMatcher(None, name, run.env or "").ratio())
         raise UserError(f"--env {run.env} is unknown; known, nearest first: " + ", ".join(near))
-    if config.reward_weight < 0:
-        config.reward_weight = ENVS[run.env][0] if run.env in ENVS else 1.0
+    if "reward_weight" not in run.given and run.env in ENVS:
+        config.reward_weight = ENVS[run.env][0]
     try:
         run.device = torch.device(run.device)
         torch.zeros(1, device=run.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {run.device} cannot be used ({str(error).splitlines()[0]}); try cpu") from None
-    torch.set_num_threads(run.threads if run.threads > 0 else torch.get_num_threads())
+    torch.set_num_threads(min(run.threads, 1024) if run.threads > 0 else torch.get_num_threads())
     run.out = Path(run.out or Path("runs") / run.env.replace("/", "-"))
 
 def distill(run):
