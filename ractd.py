@@ -22,12 +22,11 @@ Sections 3-6 are the method: they need only torch. README.md lists where paper a
 """
 
 import argparse, dataclasses, difflib, hashlib, json, math, os, signal, socket, subprocess  # noqa: E401
-import sys, tempfile, time, urllib.error, warnings  # noqa: E401
+import sys, tempfile, time, unittest.mock, urllib.error, warnings  # noqa: E401
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 import numpy as np
 import torch
 from torch import nn
@@ -35,7 +34,7 @@ from torch import nn
 # ---- 1. Configuration -----------------------------------------------------------------------------
 VERSION = "0.1.0"
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.02, 80.0, 0.5
-REWARD_PULL = 0.03                       # see reward_loss
+REWARD_PULL = 0.035                      # see reward_loss
 # task -> simulator, and the returns that are D4RL's normalised scores 0 (random) and 100 (expert)
 TASKS = {"hopper": ("Hopper-v4", -20.272305, 3234.3),
          "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
@@ -106,10 +105,11 @@ class Config:
     dsm_noise: str = opt("lognormal", "student", "noise of Eq. 7: the teacher's, or half of it at 0.76..80 "
                          "[mixed]", choices=("lognormal", "mixed"))
     dsm_distance: str = opt("squared", "student", "d of Eq. 7 [paper: pseudo-huber]", choices=("squared", "pseudo-huber"))
-    init_noise: float = opt(1.0, "student", "scale of the initial noise; 80 = the model's own [1]", 0, 1e4)
+    reward_noise: float = opt(1.0, "student", "scale of the initial noise of Eq. 8's sample [1]", 0, 1e4)
     episodes: int = opt(20, "acting", "evaluation episodes; 100 for a report", 1, 100_000)
     first_seed: int = opt(0, "acting", "episode i has seed first_seed + i", 0)
     nfe: int = opt(1, "acting", "network calls per student sample [1]", 1, 80)
+    init_noise: float = opt(20.0, "acting", "scale of the initial noise; 80 = the model's own [1]", 0, 1e4)
     teacher_points: int = opt(20, "acting", "levels n of the Heun sampler: 2 (n - 1) calls [80]", 2)
     execute: int = opt(1, "acting", "actions of a plan executed before the next plan [1]", 1)
 
@@ -254,7 +254,7 @@ def make_standin(env, transitions=200_000):
         buffers = [minari.data_collector.EpisodeBuffer(**e) for e in collect_standin(env, transitions)]
         # Minari writes in place, and half a dataset would pass for one: write aside, then rename
         with tempfile.TemporaryDirectory(prefix=".ractd-", dir=root) as folder, \
-                warnings.catch_warnings(), mock.patch.dict(os.environ, MINARI_DATASETS_PATH=folder):
+                warnings.catch_warnings(), unittest.mock.patch.dict(os.environ, MINARI_DATASETS_PATH=folder):
             warnings.simplefilter("ignore")      # no author, no link: it stays local
             minari.create_dataset_from_buffers(dataset_id, buffers, env=TASKS[env.split("-")[0]][0],
                                                algorithm_name="ARS V2-t")
@@ -658,7 +658,7 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
         s = (lognormal_levels if config.dsm_noise == "lognormal" else mixed_levels)(len(x0), x0.device)
         jumps["dsm"] = (x0 + expand(s) * torch.randn_like(x0), s, s if config.dsm_target == "denoiser" else zero)
     if config.reward_weight:             # the policy's own sample: G(x_T, T, 0)
-        jumps["reward"] = (config.init_noise * torch.randn_like(x0), torch.full_like(t, SIGMA_MAX), zero)
+        jumps["reward"] = (config.reward_noise * torch.randn_like(x0), torch.full_like(t, SIGMA_MAX), zero)
     x, start, end = (torch.cat(parts) for parts in zip(*jumps.values()))
     outputs = denoise(student, x, start, state.repeat(len(jumps), 1), end).split(len(x0))
     g = dict(zip(jumps, outputs))                                                # loss -> (B, H, A)
@@ -1120,7 +1120,7 @@ def evaluate_saved(run):
     run.config = dataclasses.replace(Config(**saved["config"]), episodes=asked.episodes)
     pairs = [("env", saved["env"], run.env)]
     for name, value in run.given.items():
-        if Config.__dataclass_fields__[name].metadata["stage"] == "acting" or name == "init_noise":
+        if Config.__dataclass_fields__[name].metadata["stage"] == "acting":
             setattr(run.config, name, value)
         pairs.append((name, getattr(run.config, name), value))
     refuse(path, pairs, "no such flag, or another --out")

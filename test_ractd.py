@@ -224,7 +224,7 @@ def distil(student=None, teacher=1, **config):
 @pytest.mark.parametrize("alone", ["ctm", "dsm", "reward"])
 @pytest.mark.parametrize("options", [{}, dict(
     dsm_target="jump", dsm_noise="mixed", reward_scale="none", ctm_distance="squared",
-    dsm_distance="pseudo-huber", init_noise=80.0)])
+    dsm_distance="pseudo-huber", reward_noise=80.0)])
 def test_each_loss_alone_moves_every_student_parameter_and_nothing_else(alone, options):
     weights = {f"{name}_weight": float(name == alone) for name in ("ctm", "dsm", "reward")}
     loss, _, nets = distil(**weights, **options)
@@ -334,7 +334,7 @@ def test_teacher_and_ctd_keep_two_unequal_modes_and_ractd_moves_to_the_good_one(
         R_net(state, x0[:, 0]), returns), 300, 1e-3, 0.95)
     samples = [ractd.heun_sample(lambda x, t: denoise(teacher, x, t, states), 80 * z, grid)[0]]
     for weight in (0.0, 1.0):
-        config = Config(grid_points=20, init_noise=80.0, reward_weight=weight)
+        config = Config(grid_points=20, reward_noise=80.0, reward_weight=weight)
         student = UNet1d(1, 1, **size, two_levels=True)
         student.load_state_dict(teacher.state_dict(), strict=False)
         actor = train(student, lambda x0, _, target: ractd.distillation_loss(
