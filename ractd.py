@@ -21,7 +21,7 @@ Notation                                      | shapes, all normalised to [-1, 1
 Sections 3-6 are the method: they need only torch. README.md lists where paper and released code differ.
 """
 
-import argparse, dataclasses, difflib, hashlib, json, math, os, signal, socket, subprocess  # noqa: E401
+import argparse, dataclasses, difflib, hashlib, io, json, math, os, signal, socket, subprocess  # noqa: E401
 import sys, tempfile, time, unittest.mock, urllib.error, warnings  # noqa: E401
 from contextlib import contextmanager
 from copy import deepcopy
@@ -486,10 +486,7 @@ def karras_sigmas(n=80, smin=SIGMA_MIN, smax=SIGMA_MAX, rho=7.0):
     return (smax ** (1 / rho) + ramp * (smin ** (1 / rho) - smax ** (1 / rho))) ** rho
 
 def lognormal_levels(batch, device="cpu", mean=-1.2, std=1.2, smin=SIGMA_MIN, smax=SIGMA_MAX):
-    """Teacher noise t (B,): ln t ~ N(mean, std^2) truncated to [smin, smax], by inverse CDF.
-
-    Released code does not truncate: 1.2 % of its draws lie below smin, where k / t exceeds 1.
-    """
+    """Teacher noise t (B,): ln t ~ N(mean, std^2), truncated (released: not; 1.2 % lie below smin)."""
     low, high = (0.5 * (1 + math.erf((math.log(s) - mean) / std / math.sqrt(2))) for s in (smin, smax))
     quantile = low + (high - low) * torch.rand(batch, device=device)
     return torch.exp(mean + std * math.sqrt(2) * torch.erfinv(2 * quantile - 1)).clamp(smin, smax)
@@ -508,10 +505,7 @@ def denoise(net, x, t, state, k=None):
     return c_skip * x + c_out * net(c_in * x, t, state, k)
 
 def heun_step(denoiser, x, t, u):
-    """One second-order step of the ODE dx/dt = (x - D(x, t)) / t from t down to u < t: two calls.
-
-    denoiser: any callable (x (B, H, A), t (B,)) -> (B, H, A); t, u (B,), u > 0.
-    """
+    """One Heun step of dx/dt = (x - D(x, t)) / t from t to u < t, both (B,); denoiser: any (x, t) -> x0."""
     slope = (x - denoiser(x, t)) / expand(t)
     euler = x + expand(u - t) * slope
     slope_u = (euler - denoiser(euler, u)) / expand(u)
@@ -695,11 +689,14 @@ def student_sample(jump, noise, sigmas, nfe=1, init_noise=SIGMA_MAX, renoise=tor
 def replacing(path):
     """A binary file that takes the place of `path` once it is written whole, or never."""
     partial = Path(path).with_suffix(".part")
-    with open(partial, "wb") as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 def load_checkpoint(path, stage, device):
     """A checkpoint of that stage, or UserError saying what is wrong with the file."""
@@ -783,8 +780,10 @@ def fit(stage, net, average, decay, loss_fn, run, meta):
             saved_at = time.time()
             state = {name: part.state_dict() for name, part in parts.items()}
             rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if run.device.type == "cuda" else ())]
+            torch.save(dict(meta, step=step, steps=steps, seconds=before + saved_at - began, rng=rng, **state),
+                       buffer := io.BytesIO())           # to a full disk torch itself would write no clear error
             with replacing(path) as f:
-                torch.save(dict(meta, step=step, steps=steps, seconds=before + saved_at - began, rng=rng, **state), f)
+                f.write(buffer.getbuffer())
     signal.signal(signal.SIGINT, handler)
     if step < steps:
         print(f"{stage}: stopped at step {step:,} of {steps:,}, saved in {path}. The same command goes on.")
@@ -990,7 +989,7 @@ def plot_curves(out):
         rows = [row for row in read_log(out) if row["stage"] == stage]
         for name in [x for row in rows[:1] for x in row if x not in ("stage", "step", "steps", "grad", "steps_per_s")]:
             axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
-        axis.set(title=stage, xlabel="gradient steps")
+        axis.set(title=stage, xlabel="gradient steps", ylabel="mean since the last point")
         axis.legend(fontsize=8) if rows else axis.text(0.1, 0.5, "not trained in this folder")
     figure.savefig(out / "training.png", dpi=110)
     pyplot.close(figure)
@@ -1140,7 +1139,8 @@ def main(argv=None):
         else:
             distill(run)
     except (UserError, OSError) as error:
-        print(f"ractd.py: {error}", file=sys.stderr)
+        hint = "" if isinstance(error, UserError) else f" (folder {run.out}; what was saved before is untouched)"
+        print(f"ractd.py: {error}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

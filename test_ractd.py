@@ -734,3 +734,9 @@ def test_a_folder_that_cannot_be_written_is_refused(trained, tmp_path, capsys):
 def test_dry_run_estimates_the_time_and_leaves_nothing(trained, capsys):
     assert cli("distill", *FLAGS, f"--data={trained[1]}", "--out=never", "--dry-run") == 0
     assert "estimated total" in capsys.readouterr().out and not Path("never").exists()
+
+def test_the_example_in_the_readme_runs():
+    text = (SCRIPT.parent / "README.md").read_text()
+    scope = {}
+    exec(text.split("```python\n")[1].split("```")[0], scope)
+    assert scope["x"].shape == (5, 16, 2) and scope["calls"] == 38 and scope["loss"] < 0.9
