@@ -18,14 +18,12 @@ Notation                                      | shapes, all normalised to [-1, 1
     D, g   denoisers of teacher and student   |     Eq. n     equation n of the paper, version 2
     G      the student's jump t -> k          |     sg        frozen: no gradient to these weights
 
-Sections 3-6 are the method: they need only torch. README.md lists where paper and released code differ.
+Sections 3-6 are the method: torch and the constants at the top. README.md: where paper and code differ.
 """
 
-import argparse, dataclasses, difflib, hashlib, io, json, math, os, signal, socket, subprocess  # noqa: E401
-import sys, tempfile, time, unittest.mock, urllib.error, warnings  # noqa: E401
+import argparse, copy, dataclasses, datetime, difflib, hashlib, io, json, math, os, signal, socket, subprocess  # noqa: E401
+import sys, tempfile, time, unittest.mock, warnings  # noqa: E401
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
@@ -61,9 +59,9 @@ def opt(default, stage, help, low=None, high=math.inf, choices=None):
     return dataclasses.field(default=default, metadata=dict(
         stage=stage, help=help, low=low, high=high, choices=choices))
 
-@dataclass
+@dataclasses.dataclass
 class Config:
-    """Every hyperparameter, each a command-line flag; in brackets what the released code has."""
+    """Every hyperparameter, each a command-line flag; [in brackets: paper or released code]."""
     seed: int = opt(0, "data", "seed of everything but evaluation", 0, 2**63 - 1)
     horizon: int = opt(16, "data", "c or H: actions in a planned chunk [16]", 1, 1024)
     history: int = opt(1, "data", "h: last observations that a plan is conditioned on [1]", 1, 64)
@@ -72,8 +70,8 @@ class Config:
     blocks: int = opt(1, "network", "residual blocks per U-Net level [2]", 1, 8)
     patch: int = opt(4, "network", "actions folded into one U-Net position [1]", 1, 64)
     embed: int = opt(128, "network", "width of the noise-level embedding, even", 8, 4096)
-    teacher_steps: int = opt(4000, "teacher", "gradient steps; -n = n epochs [-1000]")
-    teacher_batch: int = opt(256, "teacher", "windows per step [1024]", 1, 1_000_000)
+    teacher_steps: int = opt(4000, "teacher", "gradient steps; -n = n epochs [-1000]", -1e6, 1e9)
+    teacher_batch: int = opt(256, "teacher", "windows per step [1024]", 1, 100_000)
     teacher_lr: float = opt(1e-3, "teacher", "peak AdamW learning rate [1e-4]", 1e-9, 1)
     teacher_warmup: int = opt(200, "teacher", "linear warm-up, steps [2000]", 0)
     teacher_decay: float = opt(1e-6, "teacher", "AdamW weight decay [1e-6]", 0, 10)
@@ -81,13 +79,13 @@ class Config:
     gamma: float = opt(0.99, "reward", "discount of the return-to-go [0.99]", 0, 0.9999)
     timeout: str = opt("extend", "reward", "after a time limit the mean of the last 100 rewards goes on "
                        "for ever, or nothing does [cut]", choices=("extend", "cut"))
-    reward_steps: int = opt(4000, "reward", "gradient steps; -n = n epochs [-50]")
-    reward_batch: int = opt(256, "reward", "transitions per step [64]", 1, 1_000_000)
+    reward_steps: int = opt(4000, "reward", "gradient steps; -n = n epochs [-50]", -1e6, 1e9)
+    reward_batch: int = opt(256, "reward", "transitions per step [64]", 1, 100_000)
     reward_lr: float = opt(1e-3, "reward", "peak AdamW learning rate [2e-4]", 1e-9, 1)
     reward_warmup: int = opt(20, "reward", "linear warm-up, steps [20]", 0)
     reward_decay: float = opt(1e-3, "reward", "AdamW weight decay [1e-3]", 0, 10)
-    student_steps: int = opt(2000, "student", "gradient steps; -n = n epochs [-400]")
-    student_batch: int = opt(256, "student", "windows per step [4800]", 1, 1_000_000)
+    student_steps: int = opt(2000, "student", "gradient steps; -n = n epochs [-400]", -1e6, 1e9)
+    student_batch: int = opt(256, "student", "windows per step [4800]", 1, 100_000)
     student_lr: float = opt(5e-4, "student", "peak AdamW learning rate [1e-4]", 1e-9, 1)
     student_warmup: int = opt(100, "student", "linear warm-up, steps [500]", 0)
     student_decay: float = opt(1e-4, "student", "AdamW weight decay [1e-4]", 0, 10)
@@ -96,16 +94,14 @@ class Config:
     target_decay: float = opt(0.99, "student", "EMA decay of the frozen target, which also acts [0]", 0, 1)
     ctm_weight: float = opt(1.0, "student", "alpha of Eq. 9 [1]", 0, 1e6)
     dsm_weight: float = opt(1.0, "student", "beta of Eq. 9 [1]", 0, 1e6)
-    reward_weight: float = opt(1.0, "student", "sigma of Eq. 9, 0 = CTD; default by --env [same]", 0, 1e6)
-    reward_scale: str = opt("slope", "student", "R in units of its mean |dR/da|, or as it is [none]",
-                            choices=("slope", "none"))
+    reward_weight: float = opt(1.0, "student", "sigma of Eq. 9; 0 = CTD; if not given, the released one of --env", 0, 1e6)
+    reward_scale: str = opt("slope", "student", "R over its mean |dR/da|, or as it is [none]", choices=("slope", "none"))
     ctm_distance: str = opt("pseudo-huber", "student", "d of Eq. 5 [about squared]", choices=("squared", "pseudo-huber"))
-    dsm_target: str = opt("denoiser", "student", "what Eq. 7 compares with x0: g(x_t, t, t), which keeps "
-                          "unequal modes, or G(x_t, t, 0) [jump]", choices=("denoiser", "jump"))
-    dsm_noise: str = opt("lognormal", "student", "noise of Eq. 7: the teacher's, or half of it at 0.76..80 "
-                         "[mixed]", choices=("lognormal", "mixed"))
+    dsm_target: str = opt("denoiser", "student", "x0 of Eq. 7 is for g(x_t, t, t), which keeps unequal modes, or "
+                          "for G(x_t, t, 0) [jump]", choices=("denoiser", "jump"))
+    dsm_noise: str = opt("lognormal", "student", "noise of Eq. 7 [mixed: half at 0.76..80]", choices=("lognormal", "mixed"))
     dsm_distance: str = opt("squared", "student", "d of Eq. 7 [paper: pseudo-huber]", choices=("squared", "pseudo-huber"))
-    reward_noise: float = opt(1.0, "student", "scale of the initial noise of Eq. 8's sample [1]", 0, 1e4)
+    reward_noise: float = opt(1.0, "student", "scale of the initial noise of Eq. 8's sample", 0, 1e4)
     episodes: int = opt(20, "acting", "evaluation episodes; 100 for a report", 1, 100_000)
     first_seed: int = opt(0, "acting", "episode i has seed first_seed + i", 0)
     nfe: int = opt(1, "acting", "network calls per student sample [1]", 1, 80)
@@ -114,13 +110,12 @@ class Config:
     execute: int = opt(1, "acting", "actions of a plan executed before the next plan [1]", 1)
 
 PRESETS = {"default": {}, "paper": dict(
-    channels=(512, 1024, 2048), kernel=5, blocks=2, patch=1, embed=256, grid_points=80, teacher_points=80,
-    teacher_steps=-1000, teacher_batch=1024, teacher_lr=1e-4, teacher_warmup=2000, reward_steps=-50,
-    reward_batch=64, reward_lr=2e-4, student_steps=-400, student_batch=4800, student_lr=1e-4,
-    student_warmup=500, dropout=0.2, target_decay=0.0, episodes=100)}
+    channels=(512, 1024, 2048), kernel=5, blocks=2, patch=1, embed=256, grid_points=80, teacher_points=80, episodes=100,
+    teacher_steps=-1000, teacher_batch=1024, teacher_lr=1e-4, teacher_warmup=2000, reward_steps=-50, reward_batch=64,
+    reward_lr=2e-4, student_steps=-400, student_batch=4800, student_lr=1e-4, student_warmup=500, target_decay=0.0, dropout=0.2)}
 
 # ---- 2. Data --------------------------------------------------------------------------------------
-@dataclass
+@dataclasses.dataclass
 class Dataset:
     """Logged transitions, one row each, episode after episode."""
     name: str
@@ -134,13 +129,14 @@ class Dataset:
     def summary(self):
         """Counts and undiscounted episode returns, as plain numbers."""
         returns = np.add.reduceat(self.rewards.astype(np.float64), episode_begins(self.ends))
-        return dict(name=self.name, source=self.source, transitions=len(self.rewards),
+        note = "" if self.source == "D4RL" else ": NOT comparable with the paper"
+        return dict(name=self.name, source=self.source, note=note, transitions=len(self.rewards),
                     episodes=len(self.ends), return_best=float(returns.max()),
                     return_mean=float(returns.mean()), return_worst=float(returns.min()))
 
     def __str__(self):
-        s, note = self.summary(), "" if self.source == "D4RL" else "; NOT comparable with the paper"
-        return (f"data: {self.name} ({self.source}{note})\n      {s['transitions']:,} transitions, {s['episodes']:,} episodes, "
+        s = self.summary()
+        return (f"data: {self.name} ({self.source}{s['note']})\n      {s['transitions']:,} transitions, {s['episodes']:,} episodes, "
                 f"return best {s['return_best']:.0f}, mean {s['return_mean']:.0f}, worst {s['return_worst']:.0f}")
 
 def load_dataset(env, data=None):
@@ -163,16 +159,16 @@ def fetch_d4rl(env):
             if path.stat().st_size == size and hashlib.file_digest(f, "sha256").hexdigest() == sha256:
                 return path
         raise UserError(f"{path} is not the published file (SHA-256 {sha256[:12]}...); delete it, or pass it as --data")
-    folder.mkdir(parents=True, exist_ok=True)
     socket.setdefaulttimeout(20)         # seconds without an answer
     print(f"downloading {D4RL_URL}{path.name} ({size / 1e6:.0f} MB) to {folder}", flush=True)
     try:                                 # writes aside, and renames once the hash has matched
+        folder.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(D4RL_URL + path.name, str(path), hash_prefix=sha256)
         return path
     except RuntimeError as error:        # torch's word for a wrong hash
         raise UserError(f"the download of {path.name} broke off or is not the published file ({error}); give "
                         "the same command again, or pass --data standin") from None
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except OSError as error:             # no network, in all its forms
         print(f"{path.name} is not in {folder} and cannot be downloaded ({error}).\nA stand-in is made or reused: "
               "Augmented Random Search in the same simulator. Scores on it are NOT\ncomparable with the paper's. "
               "For the real data, put the file into that folder.")
@@ -180,12 +176,15 @@ def fetch_d4rl(env):
 
 def simulator(env, data=None):
     """A callable that makes the environment of a D4RL name, or the one that --data minari:ID recovers."""
-    import gymnasium
+    import gymnasium, minari  # noqa: E401
     gymnasium.logger.min_level = gymnasium.logger.ERROR      # no advice to leave the -v4 tasks
-    if (data or "").startswith("minari:"):
-        import minari
-        return minari.load_dataset(data.removeprefix("minari:")).recover_environment
-    return lambda: gymnasium.make(TASKS[env.split("-")[0]][0])
+    try:
+        make = minari.load_dataset(data.removeprefix("minari:")).recover_environment if (data or "").startswith(
+            "minari:") else lambda: gymnasium.make(TASKS[env.split("-")[0]][0])
+        make().close()
+        return make
+    except Exception as error:           # many types: dataset gone, no environment in it, package missing
+        raise UserError(f"the environment of {data or env} cannot be made ({error})") from None
 
 # task -> directions tried and used, step, noise and survival bonus of the search, search steps per kept step
 SEARCH = {"hopper": (8, 4, 0.02, 0.025, 1.0, 1), "walker2d": (20, 10, 0.03, 0.025, 1.0, 3),
@@ -264,8 +263,6 @@ def make_standin(env, transitions=200_000):
 def read_hdf5(path, name, source):
     """A file in D4RL's layout: observations, actions, rewards, terminals, timeouts, one row a step."""
     import h5py
-    if not path.is_file():
-        raise UserError(f"--data {path}: there is no such file")
     keys = ("observations", "actions", "rewards", "terminals", "timeouts")
     try:
         with h5py.File(path) as f:
@@ -273,7 +270,7 @@ def read_hdf5(path, name, source):
                 raise UserError(f"{path} lacks {', '.join(missing)}; it has {', '.join(f) or 'nothing'}")
             arrays = [np.asarray(f[key][()]) for key in keys]
     except (OSError, TypeError) as error:
-        raise UserError(f"{path} is no HDF5 file, or is cut short ({error})") from None
+        raise UserError(f"{path} is missing, no HDF5 file or cut short ({error})") from None
     return assemble(name, source, *arrays)
 
 def read_minari(dataset_id, source):
@@ -297,8 +294,8 @@ def assemble(name, source, observations, actions, rewards, terminals, timeouts):
                              ("rewards", rewards, 1), ("terminals", terminals, 1), ("timeouts", timeouts, 1)):
         if array.dtype.kind not in "fiub":
             raise UserError(f"{name}: {key} has type {array.dtype}, not numbers")
-        if array.ndim != dims or 0 in array.shape or len(array) != len(observations):
-            raise UserError(f"{name}: {key} has shape {array.shape}, not ({len(observations)},{' D' * (dims - 1)})")
+        if array.ndim != dims or 0 in array.shape or array.shape[:1] != observations.shape[:1]:
+            raise UserError(f"{name}: {key} has shape {array.shape}, not {observations.shape[:1] + ('D',) * (dims - 1)}")
         if not (finite := np.isfinite(array.astype(np.float32))).all():
             raise UserError(f"{name}: {key} is NaN or infinite in row {np.argwhere(~finite)[0][0]}")
     ends = np.flatnonzero((terminals != 0) | (timeouts != 0))
@@ -332,10 +329,10 @@ def returns_to_go(rewards, ends, terminated, gamma=0.99, timeout="extend"):
         result[rows] = after[alive] = rewards[rows] + gamma * after[alive]
     return result
 
+@dataclasses.dataclass
 class Normalizer:
     """Min-max maps to [-1, 1]; tables: "obs", "action", "return" -> [centre (D,), half range (D,)]."""
-    def __init__(self, tables):
-        self.tables = tables
+    tables: dict
 
     @classmethod
     def fit(cls, device="cpu", **arrays):
@@ -549,7 +546,7 @@ def edm_loss(denoiser, x0, t, noise, distance=squared):
 
 # ---- 5. Reward model (RACTD Eq. 8): the return-to-go of one state and action ----------------------
 class RewardModel(nn.Module):
-    """R(s_n, a_n): state (B, S), action (B, A) -> return-to-go (B,), all normalised; the released MLP."""
+    """R(s_n, a_n): state (B, S), action (B, A) -> return-to-go (B,), normalised; after the released MLP."""
     def __init__(self, state_dim, action_dim, widths=(64, 128, 256)):
         super().__init__()
         self.enter = nn.ModuleList(nn.Linear(a, b) for a, b in zip((state_dim + action_dim, *widths), widths))
@@ -581,15 +578,14 @@ def student_jump(net, x, t, k, state):
     return mix(x, denoise(net, x, t, state, k), t, k)
 
 def draw_jumps(batch, sigmas):
-    """Grid levels t > u >= k, each (B,): i_t ~ U{0..n-2}, i_u = i_t + 1, i_k ~ U{i_u..n-1}.
+    """Grid levels t > u >= k, each (B,): i_u ~ U{1..n-1}, i_t = i_u - 1, i_k ~ U{i_u..n-1}.
 
     k = u, the direct anchor on the teacher, is among them; u = t, 15 % of the released draws, is not.
     """
     n = len(sigmas)
-    i_t = torch.randint(n - 1, (batch,), device=sigmas.device)
-    i_u = i_t + 1
+    i_u = torch.randint(1, n, (batch,), device=sigmas.device)
     i_k = i_u + (torch.rand(batch, device=sigmas.device) * (n - i_u)).long()
-    return sigmas[i_t], sigmas[i_u], sigmas[i_k]
+    return sigmas[i_u - 1], sigmas[i_u], sigmas[i_k]
 
 def mixed_levels(batch, device="cpu", rho=7.0):
     """Released noise of Eq. 7 (B,): half the teacher's, half uniform over the grid's 80 .. 0.76."""
@@ -622,8 +618,8 @@ def reward_loss(reward_model, state, action, pull=None):
 
     state (B, S); action (B, A): the first of the student's one-step sample, clipped to the action box,
     outside which R extrapolates and its gradient runs away. With a pull, R is divided by its mean slope
-    |dR/da|: the gradient on the action has the norm `pull` whatever the range of R, beside a CTM loss
-    whose gradient on the chunk has norm 1. None is Eq. 8 to the letter.
+    |dR/da|: a sample's gradient on the action has the norm `pull` whatever the range of R, beside a CTM
+    loss whose gradient on the chunk has norm 1 (both over B). None leaves R as it is.
     """
     action = action.clamp(-1, 1)
     value = reward_model(state, action)                                          # (B,)
@@ -646,12 +642,11 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
     with torch.no_grad():                # Eq. 6, right: the teacher's step, then the frozen jump
         x_u = heun_step(lambda x, t: denoise(teacher, x, t, state), x_t, t, u)
         x_ref = student_jump(target, x_u, u, k, state)
-
     jumps = {"ctm": (x_t, t, k)}         # loss -> where the student starts, from which level, to which
     if config.dsm_weight:
         s = (lognormal_levels if config.dsm_noise == "lognormal" else mixed_levels)(len(x0), x0.device)
         jumps["dsm"] = (x0 + expand(s) * torch.randn_like(x0), s, s if config.dsm_target == "denoiser" else zero)
-    if config.reward_weight:             # the policy's own sample: G(x_T, T, 0)
+    if config.reward_weight:             # G(x_T, T, 0); less initial noise than when acting: see README
         jumps["reward"] = (config.reward_noise * torch.randn_like(x0), torch.full_like(t, SIGMA_MAX), zero)
     x, start, end = (torch.cat(parts) for parts in zip(*jumps.values()))
     outputs = denoise(student, x, start, state.repeat(len(jumps), 1), end).split(len(x0))
@@ -723,8 +718,8 @@ def ema_update(target, online, decay):
 
 def cosine(step, steps, warmup):
     """Learning-rate factor: linear warm-up, then half a cosine down to 0."""
-    rest = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-    return (step + 1) / warmup if step < warmup else rest
+    done = max(0, step - warmup) / max(1, steps - warmup)
+    return min((step + 1) / max(1, warmup), 0.5 * (1 + math.cos(math.pi * done)))
 
 def fit(stage, net, average, decay, loss_fn, run, meta):
     """Train `net` for config.<stage>_steps, leaving <stage>.pt and lines in log.jsonl; resumes by itself.
@@ -767,10 +762,11 @@ def fit(stage, net, average, decay, loss_fn, run, meta):
         if save or step % max(1, steps // 20) == 0:
             means = {name: float(v) / (step - mark[1]) for name, v in sums.items()}  # the only wait for CUDA
             for name in (name for name, v in means.items() if not math.isfinite(v)):
+                signal.signal(signal.SIGINT, handler)
                 raise UserError(f"{stage}: {name} is {means[name]} between steps {mark[1]:,} and {step:,}; last "
                                 f"checkpoint: {path if path.exists() else 'none'}; try a smaller --{stage}-lr")
             rate = (step - mark[1]) / (time.time() - mark[0])
-            eta = time.strftime("%H:%M:%S", time.gmtime((steps - step) / rate))
+            eta = datetime.timedelta(seconds=round((steps - step) / rate))
             numbers = "  ".join(f"{name} {v:7.4f}" for name, v in means.items())
             print(f"{stage:8}{step:8,}/{steps:,} {step / steps:5.0%}  {numbers}  {rate:6.1f} steps/s  ETA {eta}", flush=True)
             with open(log, "a") as f:
@@ -786,7 +782,7 @@ def fit(stage, net, average, decay, loss_fn, run, meta):
                 f.write(buffer.getbuffer())
     signal.signal(signal.SIGINT, handler)
     if step < steps:
-        print(f"{stage}: stopped at step {step:,} of {steps:,}, saved in {path}. The same command goes on.")
+        print(f"{stage}: stopped at step {step:,} of {steps:,}, saved in {path}. The same command (without --retrain) goes on.")
         raise KeyboardInterrupt
 
 def read_log(out):
@@ -843,7 +839,7 @@ def evaluate(policy, make_env, episodes=20, first_seed=0, history=1, execute=1):
     """Closed-loop returns of `episodes` episodes in lockstep, one policy call for all still running.
 
     policy: (observations (B, h, O), B numpy Generators) -> actions (B, H, A), of which `execute` are
-    carried out. Episode i has seed first_seed + i, simulator and noise. Returns sum the raw rewards
+    carried out; B is filled up to a multiple of 16. Episode i has seed first_seed + i, simulator and noise. Returns sum the raw rewards
     of env.step (released: running maxima). -> dict(returns, lengths, simulator_s, network_s)
     """
     envs = [make_env() for _ in range(episodes)]
@@ -896,7 +892,9 @@ class Pipeline:
             raise UserError(f"{dataset.name} has observations of {self.dims[0]} and actions of {self.dims[1]} "
                             f"numbers, but {run.env} has {sizes[0]} and {sizes[1]}; is --env right?")
         if run.teacher:                  # its coordinates are the student's too
-            normalizer = Normalizer(load_checkpoint(run.teacher, "teacher", run.device)["normalizer"])
+            saved = load_checkpoint(run.teacher, "teacher", run.device)
+            refuse(run.teacher, [("sizes", saved["dims"], self.dims)], "another file")
+            normalizer = Normalizer(saved["normalizer"])
         self.batches = Batches(dataset, config, run.device, normalizer)
         print(dataset, self.batches.counts, sep="\n      ")
         for stage in STAGES:             # epochs -> steps
@@ -917,7 +915,7 @@ class Pipeline:
             net.load_state_dict(teacher.state_dict(), strict=False)              # warm start
         else:
             net = RewardModel(config.history * dims[0], dims[1]) if stage == "reward" else make_unet(config, dims)
-        average = frozen(deepcopy(net.to(device)))
+        average = frozen(copy.deepcopy(net.to(device)))
         def loss_fn():
             if stage == "teacher":
                 state, x0 = batches.windows(config.teacher_batch)
@@ -938,7 +936,7 @@ class Pipeline:
         path = Path(elsewhere or run.out / f"{stage}.pt")
         meta = dict(self.meta, **{f"{name}_id": c["id"] for name, c in (saved or {}).items()})
         if stage in run.retrain and path.exists() and not elsewhere:
-            os.replace(path, path.with_suffix(".old.pt"))
+            os.replace(path, path.with_suffix(f".{time.time():.0f}.old.pt"))
         if elsewhere or path.exists():
             checkpoint = load_checkpoint(path, stage, run.device)
             self.check_fits(checkpoint, path, stage, meta, elsewhere)
@@ -959,10 +957,11 @@ class Pipeline:
         fields = [f.name for f in dataclasses.fields(Config) if f.metadata["stage"] in STAGES[stage]]
         keys = sorted(meta.keys() - {"normalizer"})
         if elsewhere:                    # what it was trained on, and how, is its own affair
-            keys, fields = ("env", "dims"), ["horizon", "history"] + [
-                f for f in ("channels", "kernel", "blocks", "patch", "embed") if stage == "teacher"]
+            keys, fields = ("dims",), ["history"] + [f for f in (
+                "horizon", "channels", "kernel", "blocks", "patch", "embed") if stage == "teacher"]
         refuse(path, [(name, saved["config"][name], getattr(self.run.config, name)) for name in fields]
-               + [(key, saved.get(key), meta[key]) for key in keys],
+               + [(key, saved.get(key), meta[key]) for key in keys]
+               + [("task", saved["env"].split("-")[0], self.run.env.split("-")[0])],
                "another file" if elsewhere else f"another --out, or --retrain {stage}")
 
     def dry_run(self):
@@ -971,7 +970,7 @@ class Pipeline:
         print(json.dumps(dataclasses.asdict(run.config), indent=2))
         with tempfile.TemporaryDirectory() as folder:
             run.out = Path(folder)
-            for stage in STAGES:
+            for stage in STAGES if run.config.reward_weight else ("teacher", "student"):
                 steps = getattr(run.config, f"{stage}_steps")
                 setattr(run.config, f"{stage}_steps", 5)
                 saved[stage] = self.obtain(stage, dict(saved) if stage == "student" else None)
@@ -998,6 +997,7 @@ def assess(run, saved, actor, name):
     """Score saved[actor] in the simulator; write <out>/<name>, print a table, return the metrics."""
     import gymnasium, mujoco  # noqa: E401
     config, checkpoint = run.config, saved[actor]
+    run.out.mkdir(parents=True, exist_ok=True)
     policy, times = Policy(checkpoint, config, run.device), []
     print(f"evaluation: {config.episodes} episodes, {policy.nfe} network call(s) per action", flush=True)
     result = evaluate(policy, simulator(run.env, run.data), config.episodes, config.first_seed, config.history,
@@ -1008,7 +1008,7 @@ def assess(run, saved, actor, name):
         times.append(1000 * (time.perf_counter() - began))
     data, returns, n = checkpoint["dataset"], np.array(result["returns"]), len(result["returns"])
     scores = normalized_score(run.env, returns)
-    commit = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
     metrics = dict(
         env=run.env, dataset=data, nfe=policy.nfe, init_noise=config.init_noise,
         method="teacher" if not policy.student else "RACTD" if checkpoint["config"]["reward_weight"] else "CTD",
@@ -1022,14 +1022,12 @@ def assess(run, saved, actor, name):
     with replacing(run.out / name) as f:             # NaN is not JSON
         plain = {key: None if value != value else value for key, value in metrics.items()}
         f.write(json.dumps(plain, indent=2, default=float).encode())
-    print(f"\n{run.env} on {data['name']} ({data['source']}), {n} episodes from seed {config.first_seed}\n"
+    print(f"\n{run.env} on {data['name']} ({data['source']}{data['note']}), {n} episodes from seed {config.first_seed}\n"
           f"{'':<32}   return    score  std. err.  ms/action")
     for label, value in (("data, best episode", data["return_best"]), ("data, mean episode", data["return_mean"]),
                          (f"{metrics['method']}, {policy.nfe} network call(s)", metrics["return_mean"])):
         print(f"{label:<32}{value:9.0f}{normalized_score(run.env, value):9.1f}", end="" if label[0] != "d" else "\n")
     print(f"{metrics['normalized_score_sem']:11.1f}{metrics['ms_per_action']:11.2f}")
-    if data["source"] != "D4RL":
-        print("The data are not D4RL's: these scores are NOT comparable with the paper's.")
     print(f"All numbers: {run.out / name}; training curves: {run.out / 'training.png'}")
 
 # ---- 10. Command line -----------------------------------------------------------------------------
@@ -1052,12 +1050,13 @@ def build_parser():
         add("--out", help="folder for everything written (default: runs/<env>)")
         add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
         add("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
-        add("--preset", choices=PRESETS, default="default", help="default: for two cores; paper: as published")
+        add("--preset", choices=PRESETS, default="default", help="default: for two cores; paper: published sizes, schedule")
         add("--save-every", type=float, default=30.0, help="seconds between checkpoints (default: 30)")
         add("--teacher", metavar="FILE", help="use a teacher trained elsewhere")
         add("--reward", metavar="FILE", help="use a reward model trained elsewhere")
-        add("--retrain", choices=STAGES, action="append", default=[], help="train anew, keep <stage>.old.pt")
-        add("--dry-run", action="store_true", help="five steps of each stage, thrown away, and the total time")
+        add("--retrain", choices=STAGES, action="append", default=[], help="train anew; the old file is kept")
+        if command not in ("data", "evaluate"):
+            add("--dry-run", action="store_true", help="five steps of each stage, thrown away, and the total time")
         if command == "evaluate":
             add("--model", choices=("student", "teacher"), default="student", help="who acts (default: student)")
         for f in dataclasses.fields(Config):
@@ -1065,7 +1064,7 @@ def build_parser():
             shown = ",".join(map(str, f.default)) if many else f.default
             add("--" + f.name.replace("_", "-"), dest="config_" + f.name, choices=choices,
                 type=(lambda text: tuple(map(int, text.split(",")))) if many else f.type,
-                metavar=None if choices else f.type.__name__.upper(),
+                metavar=None if choices else "INT,INT" if many else f.type.__name__.upper(),
                 help=f"{f.metadata['stage']}: {f.metadata['help']} (default: {shown})")
     return parser
 
@@ -1091,7 +1090,7 @@ def resolve(run):
         run.env = run.data.removeprefix("minari:")
     elif run.env not in ENVS:
         near = sorted(ENVS, key=lambda name: -difflib.SequenceMatcher(None, name, run.env or "").ratio())
-        raise UserError(f"--env {run.env} is unknown; known, nearest first: " + ", ".join(near))
+        raise UserError(f"--env {run.env or '(missing)'} is unknown; known, nearest first: " + ", ".join(near))
     if "reward_weight" not in run.given and run.env in ENVS:
         config.reward_weight = ENVS[run.env][0]
     try:
@@ -1116,6 +1115,8 @@ def evaluate_saved(run):
     """`evaluate`: the saved model brings its configuration, the command line how to act with it."""
     path = getattr(run, run.model, None) or run.out / f"{run.model}.pt"
     saved, asked = load_checkpoint(path, run.model, run.device), run.config
+    if saved["dataset"]["source"] == "minari":       # acts where its data came from
+        run.data = run.data or "minari:" + saved["dataset"]["name"]
     run.config = dataclasses.replace(Config(**saved["config"]), episodes=asked.episodes)
     pairs = [("env", saved["env"], run.env)]
     for name, value in run.given.items():
@@ -1139,8 +1140,7 @@ def main(argv=None):
         else:
             distill(run)
     except (UserError, OSError) as error:
-        hint = "" if isinstance(error, UserError) else f" (folder {run.out}; what was saved before is untouched)"
-        print(f"ractd.py: {error}{hint}", file=sys.stderr)
+        print("ractd.py:", error, "" if type(error) is UserError else f"(in {run.out}; what was saved is untouched)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -487,7 +487,7 @@ def test_without_a_network_a_stand_in_is_made_once_and_an_interrupt_leaves_nothi
     ractd.make_standin(ENV, 2000)
     monkeypatch.setattr(ractd, "collect_standin", None)
     assert cli("data") == 0
-    assert "cannot be downloaded" in (out := capsys.readouterr().out) and "(stand-in; NOT" in out
+    assert "cannot be downloaded" in (out := capsys.readouterr().out) and "(stand-in: NOT" in out
     assert not list((tmp_path / "D4RL_DATASET_DIR").iterdir())
 
 # ---- running -------------------------------------------------------------------------------------
@@ -569,7 +569,8 @@ def test_retrain_keeps_the_old_file_and_a_student_of_another_teacher_is_refused(
     out, flags = run
     old = (out / "teacher.pt").read_bytes()
     assert cli("teacher", *flags, "--retrain=teacher", "--teacher-lr=1e-4") == 0
-    assert (out / "teacher.old.pt").read_bytes() == old != (out / "teacher.pt").read_bytes()
+    kept, = out.glob("teacher.*.old.pt")
+    assert kept.read_bytes() == old != (out / "teacher.pt").read_bytes()
     refused(capsys, cli("distill", *flags, "--teacher-lr=1e-4"), "teacher_id", "--retrain student")
 
 def test_teacher_and_reward_model_can_come_from_elsewhere(trained):
@@ -734,6 +735,36 @@ def test_a_folder_that_cannot_be_written_is_refused(trained, tmp_path, capsys):
 def test_dry_run_estimates_the_time_and_leaves_nothing(trained, capsys):
     assert cli("distill", *FLAGS, f"--data={trained[1]}", "--out=never", "--dry-run") == 0
     assert "estimated total" in capsys.readouterr().out and not Path("never").exists()
+
+def test_a_teacher_of_another_task_is_refused_although_its_sizes_could_fit(run, tmp_path, capsys):
+    """Walker2d and HalfCheetah have the same sizes; Hopper and Walker2d have not."""
+    out, flags = run
+    saved = torch.load(out / "teacher.pt")
+    walker = write(tmp_path / "walker.hdf5", logged(o=17, a=6))
+    shape = [flag for flag in FLAGS if "steps" not in flag]
+    for env, sizes, name in (("walker2d-medium", [11, 3], "sizes"),
+                             ("halfcheetah-medium", [17, 6], "task")):
+        columns = {"obs": np.eye(sizes[0]), "action": np.eye(sizes[1]), "return": np.eye(2)[:, :1]}
+        torch.save(dict(saved, dims=sizes, normalizer=ractd.Normalizer.fit(**columns).tables),
+                   tmp_path / "t.pt")
+        refused(capsys, cli("distill", f"--data={walker}", f"--teacher={tmp_path / 't.pt'}",
+                            "--out=other", *shape, env=env), name)
+
+def test_a_full_disk_and_a_machine_without_git_lose_nothing(run, monkeypatch, capsys):
+    out, flags = run
+    before = (out / "student.pt").read_bytes()
+    (out / "metrics.json").unlink()
+    monkeypatch.setenv("PATH", "")
+    assert cli("evaluate", flags[0], f"--out={out / 'new' / 'folder'}",
+               f"--teacher={out / 'teacher.pt'}", "--model=teacher", "--episodes=2") == 0
+    assert json.loads((out / "new/folder/evaluate_teacher.json").read_text())["git_commit"] is None
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(ractd.os, "fsync", full)
+    refused(capsys, cli("distill", *flags), "No space left")
+    assert (out / "student.pt").read_bytes() == before and not (out / "metrics.json").exists()
+    assert not list(out.glob("*.part"))
 
 def test_the_example_in_the_readme_runs():
     text = (SCRIPT.parent / "README.md").read_text()
