@@ -555,7 +555,7 @@ def test_ctrl_c_saves_and_exits_with_130_and_the_command_goes_on(trained, run, m
             os.kill(os.getpid(), signal.SIGINT)
         return loss(*args)
     monkeypatch.setattr(ractd, "edm_loss", interrupted)
-    assert cli("teacher", *flags) == 130 and "same command goes on" in capsys.readouterr().out
+    assert cli("teacher", *flags) == 130 and "goes on" in capsys.readouterr().out
     assert torch.load(out / "teacher.pt")["step"] == 7
     assert cli("teacher", *flags) == 0 and len(calls) == STEPS
     assert same_weights(out / "teacher.pt", trained[0] / "teacher.pt")
