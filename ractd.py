@@ -32,7 +32,7 @@ from torch import nn
 # ---- 1. Configuration -----------------------------------------------------------------------------
 VERSION = "0.1.0"
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.02, 80.0, 0.5
-REWARD_PULL = 0.035                      # see reward_loss
+REWARD_PULL, NORMS = 0.035, ("squared", "pseudo-huber")   # see reward_loss; the choices of d
 # task -> simulator, and the returns that are D4RL's normalised scores 0 (random) and 100 (expert)
 TASKS = {"hopper": ("Hopper-v4", -20.272305, 3234.3),
          "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
@@ -75,7 +75,7 @@ class Config:
     teacher_lr: float = opt(1e-3, "teacher", "peak AdamW learning rate [1e-4]", 1e-9, 1)
     teacher_warmup: int = opt(200, "teacher", "linear warm-up, steps [2000]", 0)
     teacher_decay: float = opt(1e-6, "teacher", "AdamW weight decay [1e-6]", 0, 10)
-    teacher_distance: str = opt("squared", "teacher", "d of Eq. 4 [paper: pseudo-huber]", choices=("squared", "pseudo-huber"))
+    teacher_distance: str = opt("squared", "teacher", "d of Eq. 4 [paper: pseudo-huber]", choices=NORMS)
     gamma: float = opt(0.99, "reward", "discount of the return-to-go [0.99]", 0, 0.9999)
     timeout: str = opt("extend", "reward", "after a time limit the mean of the last 100 rewards goes on "
                        "for ever, or nothing does [cut]", choices=("extend", "cut"))
@@ -94,13 +94,13 @@ class Config:
     target_decay: float = opt(0.99, "student", "EMA decay of the frozen target, which also acts [0]", 0, 1)
     ctm_weight: float = opt(1.0, "student", "alpha of Eq. 9 [1]", 0, 1e6)
     dsm_weight: float = opt(1.0, "student", "beta of Eq. 9 [1]", 0, 1e6)
-    reward_weight: float = opt(1.0, "student", "sigma of Eq. 9; 0 = CTD; if not given, the released one of --env", 0, 1e6)
+    reward_weight: float = opt(1.0, "student", "sigma of Eq. 9; 0 = CTD; default: released, by --env", 0, 1e6)
     reward_scale: str = opt("slope", "student", "R over its mean |dR/da|, or as it is [none]", choices=("slope", "none"))
-    ctm_distance: str = opt("pseudo-huber", "student", "d of Eq. 5 [about squared]", choices=("squared", "pseudo-huber"))
+    ctm_distance: str = opt("pseudo-huber", "student", "d of Eq. 5 [about squared]", choices=NORMS)
     dsm_target: str = opt("denoiser", "student", "x0 of Eq. 7 is for g(x_t, t, t), which keeps unequal modes, or "
                           "for G(x_t, t, 0) [jump]", choices=("denoiser", "jump"))
     dsm_noise: str = opt("lognormal", "student", "noise of Eq. 7 [mixed: half at 0.76..80]", choices=("lognormal", "mixed"))
-    dsm_distance: str = opt("squared", "student", "d of Eq. 7 [paper: pseudo-huber]", choices=("squared", "pseudo-huber"))
+    dsm_distance: str = opt("squared", "student", "d of Eq. 7 [paper: pseudo-huber]", choices=NORMS)
     reward_noise: float = opt(1.0, "student", "scale of the initial noise of Eq. 8's sample", 0, 1e4)
     episodes: int = opt(20, "acting", "evaluation episodes; 100 for a report", 1, 100_000)
     first_seed: int = opt(0, "acting", "episode i has seed first_seed + i", 0)
@@ -136,8 +136,8 @@ class Dataset:
 
     def __str__(self):
         s = self.summary()
-        return (f"data: {self.name} ({self.source}{s['note']})\n      {s['transitions']:,} transitions, {s['episodes']:,} episodes, "
-                f"return best {s['return_best']:.0f}, mean {s['return_mean']:.0f}, worst {s['return_worst']:.0f}")
+        return (f"data: {self.name} ({self.source}{s['note']})\n      {s['transitions']:,} transitions, "
+                f"{s['episodes']:,} episodes, return best {s['return_best']:.0f}, mean {s['return_mean']:.0f}, worst {s['return_worst']:.0f}")
 
 def load_dataset(env, data=None):
     """--data: FILE.hdf5 in D4RL's layout, minari:ID, "standin", or None for the D4RL file of env."""
@@ -368,8 +368,8 @@ class Batches:
         self.starts = torch.tensor(starts, device=device)                        # (W,)
         self.chunk, self.past = (torch.arange(a, b, device=device)
                                  for a, b in ((0, config.horizon), (1 - config.history, 1)))
-        self.counts = (f"{len(starts):,} windows of {config.horizon} actions; dropped as starts: {len(go) - len(starts):,} "
-                       f"rows near an episode's end ({(lengths < config.horizon).sum():,} whole episodes); R trains on all")
+        self.counts = (f"{len(starts):,} windows of {config.horizon} actions; dropped as starts: {len(go) - len(starts):,} rows "
+                       f"near episodes' ends ({(lengths < config.horizon).sum():,} whole episodes); R trains on all")
 
     def states(self, rows):
         """(B,) rows -> (B, h O): the last h observations, an episode's first one repeated backwards."""
@@ -782,7 +782,7 @@ def fit(stage, net, average, decay, loss_fn, run, meta):
                 f.write(buffer.getbuffer())
     signal.signal(signal.SIGINT, handler)
     if step < steps:
-        print(f"{stage}: stopped at step {step:,} of {steps:,}, saved in {path}. The same command (without --retrain) goes on.")
+        print(f"{stage}: stopped at step {step:,} of {steps:,}, saved in {path}; the same command (less --retrain) goes on")
         raise KeyboardInterrupt
 
 def read_log(out):
@@ -838,9 +838,9 @@ class Policy:
 def evaluate(policy, make_env, episodes=20, first_seed=0, history=1, execute=1):
     """Closed-loop returns of `episodes` episodes in lockstep, one policy call for all still running.
 
-    policy: (observations (B, h, O), B numpy Generators) -> actions (B, H, A), of which `execute` are
-    carried out; B is filled up to a multiple of 16. Episode i has seed first_seed + i, simulator and noise. Returns sum the raw rewards
-    of env.step (released: running maxima). -> dict(returns, lengths, simulator_s, network_s)
+    policy: (observations (B, h, O), B numpy Generators) -> actions (B, H, A), of which `execute` are carried
+    out; B is filled up to a multiple of 16. Episode i has seed first_seed + i, simulator and noise. Returns
+    are sums of env.step's rewards (released: running maxima). -> dict(returns, lengths, simulator_s, network_s)
     """
     envs = [make_env() for _ in range(episodes)]
     pasts = [[env.reset(seed=first_seed + i)[0]] * history for i, env in enumerate(envs)]
@@ -1080,10 +1080,10 @@ def resolve(run):
     positions = config.patch * 2 ** (len(config.channels) - 1)
     for bad, sentence in (
             (not all(0 < c <= 8192 for c in config.channels), f"--channels {config.channels}: 1 to 8192 each"),
-            (config.kernel % 2 == 0 or config.embed % 2, f"--kernel {config.kernel} must be odd, --embed {config.embed} even"),
+            (config.kernel % 2 == 0 or config.embed % 2, "--kernel must be odd, --embed even"),
             (config.horizon % positions, f"--horizon {config.horizon} must be a multiple of {positions}: --patch "
              f"{config.patch}, halved {len(config.channels) - 1} times by the U-Net"),
-            (0 in (config.teacher_steps, config.reward_steps, config.student_steps), "0 steps train nothing: see --teacher-steps, --reward-steps, --student-steps")):
+            (0 in (config.teacher_steps, config.reward_steps, config.student_steps), "--<stage>-steps must not be 0")):
         if bad:
             raise UserError(sentence)
     if not run.env and run.data.startswith("minari:"):
@@ -1140,7 +1140,7 @@ def main(argv=None):
         else:
             distill(run)
     except (UserError, OSError) as error:
-        print("ractd.py:", error, "" if type(error) is UserError else f"(in {run.out}; what was saved is untouched)", file=sys.stderr)
+        print("ractd.py:", error, "" if type(error) is UserError else f"(in {run.out}; saved files are untouched)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
