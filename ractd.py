@@ -22,7 +22,7 @@ Sections 3-6 are the method: torch and the constants at the top. README.md: wher
 """
 
 import argparse, copy, dataclasses, datetime, difflib, hashlib, io, json, math, os, signal, socket, subprocess  # noqa: E401
-import sys, tempfile, time, unittest.mock, warnings  # noqa: E401
+import sys, tempfile, time, unittest.mock, urllib.error, warnings  # noqa: E401
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
@@ -109,6 +109,23 @@ class Config:
     teacher_points: int = opt(20, "acting", "levels n of the Heun sampler: 2 (n - 1) calls [80]", 2)
     execute: int = opt(1, "acting", "actions of a plan executed before the next plan [1]", 1)
 
+    def check(self):
+        """Raise UserError naming the first value that cannot be."""
+        for f in dataclasses.fields(self):
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            if low is not None and not low <= value <= high:
+                raise UserError(f"--{f.name.replace('_', '-')} {value} must be from {low} to {high}")
+        halved = len(self.channels) - 1
+        for bad, sentence in (
+                (not all(0 < c <= 8192 for c in self.channels), f"--channels {self.channels}: 1 to 8192 each"),
+                (self.kernel % 2 == 0 or self.embed % 2, "--kernel must be odd, --embed even"),
+                (self.horizon % (self.patch * 2**halved), f"--horizon {self.horizon} must be a multiple of "
+                 f"{self.patch * 2**halved}: --patch {self.patch}, halved {halved} times by the U-Net"),
+                (self.execute > self.horizon, f"--execute {self.execute} is more than --horizon {self.horizon}"),
+                (0 in (self.teacher_steps, self.reward_steps, self.student_steps), "--<stage>-steps must not be 0")):
+            if bad:
+                raise UserError(sentence)
+
 PRESETS = {"default": {}, "paper": dict(
     channels=(512, 1024, 2048), kernel=5, blocks=2, patch=1, embed=256, grid_points=80, teacher_points=80, episodes=100,
     teacher_steps=-1000, teacher_batch=1024, teacher_lr=1e-4, teacher_warmup=2000, reward_steps=-50, reward_batch=64,
@@ -165,10 +182,10 @@ def fetch_d4rl(env):
         folder.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(D4RL_URL + path.name, str(path), hash_prefix=sha256)
         return path
-    except RuntimeError as error:        # torch's word for a wrong hash
+    except (RuntimeError, ConnectionError, TimeoutError) as error:   # torch's word for a wrong hash; cut off
         raise UserError(f"the download of {path.name} broke off or is not the published file ({error}); give "
                         "the same command again, or pass --data standin") from None
-    except OSError as error:             # no network, in all its forms
+    except urllib.error.URLError as error:           # no network, in all its forms
         print(f"{path.name} is not in {folder} and cannot be downloaded ({error}).\nA stand-in is made or reused: "
               "Augmented Random Search in the same simulator. Scores on it are NOT\ncomparable with the paper's. "
               "For the real data, put the file into that folder.")
@@ -391,16 +408,16 @@ def expand(t):
     return t[:, None, None]
 
 class LevelEmbedding(nn.Module):
-    """Noise level (B,) -> (B, width): sinusoids of 250 ln(level), then a two-layer MLP."""
-    def __init__(self, width):
+    """n noise levels (B, n) -> (B, width): sinusoids of 250 ln(level), then a two-layer MLP."""
+    def __init__(self, n, width):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
-        frequencies = torch.exp(-math.log(10_000) * torch.arange(width // 2) / (width // 2 - 1))
+        self.mlp = nn.Sequential(nn.Linear(n * width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+        frequencies = 250 * torch.exp(-math.log(10_000) * torch.arange(width // 2) / (width // 2 - 1))
         self.register_buffer("frequencies", frequencies, persistent=False)
 
-    def forward(self, level):
-        angles = 250 * level.log()[:, None] * self.frequencies
-        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=1))
+    def forward(self, levels):
+        angles = levels.log()[:, :, None] * self.frequencies
+        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1))
 
 class TemporalConv(nn.Module):
     """Convolution over time (B, L, C_in) -> (B, L, C_out), LayerNorm, SiLU (released: GroupNorm, Mish)."""
@@ -430,17 +447,14 @@ class UNet1d(nn.Module):
     """F(x, t, state[, k]): a temporal U-Net over a chunk of H actions; teacher and student share it.
 
     x (B, H, A), t (B,) > 0, state (B, S), for the student k (B,) > 0 -> (B, H, A); H a multiple of
-    patch 2^(levels - 1), since `patch` actions become one position and each level halves those. The
-    embedding of k starts at zero: a student loaded with the teacher's weights is the teacher.
+    patch 2^(levels - 1), since `patch` actions become one position and each level halves those. A student
+    that starts with the teacher's weights (`warm_start`) is the teacher, whatever k.
     """
     def __init__(self, action_dim, state_dim, channels=(64, 128), kernel=3, blocks=1, patch=4, embed=128,
                  dropout=0.0, two_levels=False):
         super().__init__()
         self.patch, folded = patch, patch * action_dim
-        self.embed_t = LevelEmbedding(embed)
-        if two_levels:
-            self.embed_k = LevelEmbedding(embed)
-            nn.init.zeros_(self.embed_k.mlp[2].weight), nn.init.zeros_(self.embed_k.mlp[2].bias)
+        self.embed = LevelEmbedding(2 if two_levels else 1, embed)               # of t, or of t and k
         self.condition = nn.Sequential(nn.Linear(embed + state_dim, 2 * embed), nn.SiLU(),
                                        nn.Linear(2 * embed, 2 * embed), nn.SiLU())
         def stack(c_in, c_out):
@@ -458,7 +472,7 @@ class UNet1d(nn.Module):
         self.film = nn.Linear(2 * embed, sum(self.sizes))                        # of all blocks at once
 
     def forward(self, x, t, state, k=None):
-        embedding = self.embed_t(t) if k is None else self.embed_t(t) + self.embed_k(k)
+        embedding = self.embed(t[:, None] if k is None else torch.stack([t, k], dim=1))
         condition = self.condition(torch.cat([embedding, state], dim=1))
         films = iter(self.film(condition).split(self.sizes, dim=1))
         h, skips = x.reshape(len(x), -1, self.patch * x.shape[2]), []            # (B, H / patch, patch A)
@@ -475,6 +489,12 @@ class UNet1d(nn.Module):
             for block in part:
                 h = block(h, next(films))
         return self.out(h).reshape(x.shape)
+
+def warm_start(student, teacher):
+    """Give a student the teacher's weights; the columns that read k start at zero."""
+    weights, first = teacher.state_dict(), "embed.mlp.0.weight"
+    weights[first] = torch.cat([weights[first], torch.zeros_like(weights[first])], dim=1)
+    student.load_state_dict(weights)
 
 # ---- 4. EDM teacher (RACTD Eq. 4; Karras et al. 2022) ---------------------------------------------
 def karras_sigmas(n=80, smin=SIGMA_MIN, smax=SIGMA_MAX, rho=7.0):
@@ -570,8 +590,7 @@ def reward_model_loss(prediction, returns_to_go):
 # ---- 6. CTM student and its three losses (RACTD Eqs. 5-9; Kim et al. 2024) ------------------------
 def mix(x, g, t, k):
     """G = (k/t) x + (1 - k/t) g: exactly x at k = t, g at k = 0 (Kim et al. 2024)."""
-    ratio = expand(k / t)
-    return ratio * x + (1 - ratio) * g
+    return torch.lerp(g, x, expand(k / t))
 
 def student_jump(net, x, t, k, state):
     """G(x, t, k) of Eq. 6: from noise level t straight to k <= t in one network call; (B, H, A)."""
@@ -721,21 +740,31 @@ def cosine(step, steps, warmup):
     done = max(0, step - warmup) / max(1, steps - warmup)
     return min((step + 1) / max(1, warmup), 0.5 * (1 + math.cos(math.pi * done)))
 
-def fit(stage, net, average, decay, loss_fn, run, meta):
+@contextmanager
+def deferred_interrupt():
+    """A list that Ctrl-C fills, so that no training step is left half done."""
+    stop = []
+    handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+def fit(stage, net, average, decay, loss_fn, run, meta, stop=()):
     """Train `net` for config.<stage>_steps, leaving <stage>.pt and lines in log.jsonl; resumes by itself.
 
     loss_fn() draws a batch -> (loss, {name: tensor}); average: frozen copy of net, its EMA by decay(step),
-    used afterwards; meta: what else the checkpoint holds. All randomness is torch's generator, which is
+    used afterwards; meta: what else the checkpoint holds; stop: once true, save and end. All randomness is torch's generator, which is
     in the checkpoint: a run killed at any moment and started again ends, on the CPU, in the same bits.
     """
     config, path, log = run.config, run.out / f"{stage}.pt", run.out / "log.jsonl"
     steps, lr, warmup, weight_decay = (getattr(config, f"{stage}_{x}") for x in ("steps", "lr", "warmup", "decay"))
     optimizer = torch.optim.AdamW(net.parameters(), lr, (0.95, 0.999), weight_decay=weight_decay, fused=True)
     parts, step, before = dict(net=net, ema=average, optimizer=optimizer), 0, 0.0
-    meta = dict(meta, stage=stage, version=VERSION, config=dataclasses.asdict(config), id=os.urandom(8).hex())
+    meta = dict(meta, stage=stage, version=VERSION, config=dataclasses.asdict(config))
     if path.exists():
         saved = load_checkpoint(path, stage, run.device)
-        step, before, meta["id"] = saved["step"], saved["seconds"], saved["id"]
+        step, before = saved["step"], saved["seconds"]
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"][0].cpu())
@@ -744,8 +773,7 @@ def fit(stage, net, average, decay, loss_fn, run, meta):
     rows = [row for row in read_log(run.out) if row["stage"] != stage or row["step"] <= step]
     with replacing(log) as f:            # without what will be logged again
         f.writelines((json.dumps(row) + "\n").encode() for row in rows)
-    stop, sums, mark, began, saved_at = [], {}, (time.time(), step), time.time(), time.time()
-    handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))     # no step is left half done
+    sums, mark, began, saved_at = {}, (time.time(), step), time.time(), time.time()
     while step < steps and not stop:
         for group in optimizer.param_groups:
             group["lr"] = lr * cosine(step, steps, warmup)
@@ -762,7 +790,6 @@ def fit(stage, net, average, decay, loss_fn, run, meta):
         if save or step % max(1, steps // 20) == 0:
             means = {name: float(v) / (step - mark[1]) for name, v in sums.items()}  # the only wait for CUDA
             for name in (name for name, v in means.items() if not math.isfinite(v)):
-                signal.signal(signal.SIGINT, handler)
                 raise UserError(f"{stage}: {name} is {means[name]} between steps {mark[1]:,} and {step:,}; last "
                                 f"checkpoint: {path if path.exists() else 'none'}; try a smaller --{stage}-lr")
             rate = (step - mark[1]) / (time.time() - mark[0])
@@ -776,11 +803,12 @@ def fit(stage, net, average, decay, loss_fn, run, meta):
             saved_at = time.time()
             state = {name: part.state_dict() for name, part in parts.items()}
             rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if run.device.type == "cuda" else ())]
-            torch.save(dict(meta, step=step, steps=steps, seconds=before + saved_at - began, rng=rng, **state),
+            weights = torch.cat([x.flatten() for x in state["ema"].values()]).cpu().numpy()
+            torch.save(dict(meta, step=step, steps=steps, seconds=before + saved_at - began, rng=rng,
+                            id=hashlib.sha256(weights).hexdigest()[:16], **state),
                        buffer := io.BytesIO())           # to a full disk torch itself would write no clear error
             with replacing(path) as f:
                 f.write(buffer.getbuffer())
-    signal.signal(signal.SIGINT, handler)
     if step < steps:
         print(f"{stage}: stopped at step {step:,} of {steps:,}, saved in {path}; the same command (less --retrain) goes on")
         raise KeyboardInterrupt
@@ -912,7 +940,7 @@ class Pipeline:
             teacher.load_state_dict(saved["teacher"]["ema"])
             reward_model = config.reward_weight and load_reward_model(saved["reward"], batches.normalizer, device)
             net = make_unet(config, dims, two_levels=True, dropout=config.dropout)
-            net.load_state_dict(teacher.state_dict(), strict=False)              # warm start
+            warm_start(net, teacher)
         else:
             net = RewardModel(config.history * dims[0], dims[1]) if stage == "reward" else make_unet(config, dims)
         average = frozen(copy.deepcopy(net.to(device)))
@@ -944,11 +972,13 @@ class Pipeline:
                 print(f"{stage}: {path}, {checkpoint['step']:,} steps in {checkpoint['seconds']:.0f} s")
                 return checkpoint
         run.out.mkdir(parents=True, exist_ok=True)
-        (run.out / "config.json").write_text(json.dumps(dataclasses.asdict(run.config), indent=2) + "\n")
+        with replacing(run.out / "config.json") as f:
+            f.write(json.dumps(dataclasses.asdict(run.config), indent=2).encode())
         torch.manual_seed(run.config.seed)
         net, *rest = self.build(stage, saved)
         print(f"{stage}: {sum(p.numel() for p in net.parameters()):,} parameters")
-        fit(stage, net, *rest, run, meta)
+        with deferred_interrupt() as stop:
+            fit(stage, net, *rest, run, meta, stop)
         plot_curves(run.out)
         return load_checkpoint(path, stage, run.device)
 
@@ -959,10 +989,12 @@ class Pipeline:
         if elsewhere:                    # what it was trained on, and how, is its own affair
             keys, fields = ("dims",), ["history"] + [f for f in (
                 "horizon", "channels", "kernel", "blocks", "patch", "embed") if stage == "teacher"]
+        def brief(x):                    # a dataset's summary
+            return f"{x['name']} ({x['source']}, {x['transitions']:,} rows)" if isinstance(x, dict) else x
         refuse(path, [(name, saved["config"][name], getattr(self.run.config, name)) for name in fields]
-               + [(key, saved.get(key), meta[key]) for key in keys]
+               + [(key, *map(brief, (saved.get(key), meta[key]))) for key in keys]
                + [("task", saved["env"].split("-")[0], self.run.env.split("-")[0])],
-               "another file" if elsewhere else f"another --out, or --retrain {stage}")
+               "another file" if elsewhere else f"another --data or --out, or --retrain {stage}")
 
     def dry_run(self):
         """Five steps of every stage in a folder that is thrown away, and what the whole would take."""
@@ -1019,7 +1051,8 @@ def assess(run, saved, actor, name):
         device=str(run.device), git_commit=commit.stdout.strip() or None, versions=dict(
             ractd=VERSION, python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__,
             gymnasium=gymnasium.__version__, mujoco=mujoco.__version__))
-    with replacing(run.out / name) as f:             # NaN is not JSON
+    path = run.out / name.format(**metrics)
+    with replacing(path) as f:           # NaN is not JSON
         plain = {key: None if value != value else value for key, value in metrics.items()}
         f.write(json.dumps(plain, indent=2, default=float).encode())
     print(f"\n{run.env} on {data['name']} ({data['source']}{data['note']}), {n} episodes from seed {config.first_seed}\n"
@@ -1028,7 +1061,7 @@ def assess(run, saved, actor, name):
                          (f"{metrics['method']}, {policy.nfe} network call(s)", metrics["return_mean"])):
         print(f"{label:<32}{value:9.0f}{normalized_score(run.env, value):9.1f}", end="" if label[0] != "d" else "\n")
     print(f"{metrics['normalized_score_sem']:11.1f}{metrics['ms_per_action']:11.2f}")
-    print(f"All numbers: {run.out / name}; training curves: {run.out / 'training.png'}")
+    print(f"All numbers: {path}; training curves: {run.out / 'training.png'}")
 
 # ---- 10. Command line -----------------------------------------------------------------------------
 COMMANDS = {"data": "fetch or make the dataset and print what is in it",
@@ -1036,6 +1069,10 @@ COMMANDS = {"data": "fetch or make the dataset and print what is in it",
             "reward": "train the reward model (return-to-go)",
             "distill": "whatever of the above is missing, then the student, then its score",
             "evaluate": "act with a saved student or teacher"}
+
+def integers(text):
+    """"64,128" -> (64, 128)."""
+    return tuple(map(int, text.split(",")))
 
 def build_parser():
     """One subparser per command; the hyperparameter flags are generated from Config."""
@@ -1063,7 +1100,7 @@ def build_parser():
             many, choices = isinstance(f.default, tuple), f.metadata["choices"]
             shown = ",".join(map(str, f.default)) if many else f.default
             add("--" + f.name.replace("_", "-"), dest="config_" + f.name, choices=choices,
-                type=(lambda text: tuple(map(int, text.split(",")))) if many else f.type,
+                type=integers if many else f.type,
                 metavar=None if choices else "INT,INT" if many else f.type.__name__.upper(),
                 help=f"{f.metadata['stage']}: {f.metadata['help']} (default: {shown})")
     return parser
@@ -1073,19 +1110,8 @@ def resolve(run):
     run.given = {key.removeprefix("config_"): value for key, value in vars(run).items()
                  if key.startswith("config_") and value is not None}
     config = run.config = Config(**{**PRESETS[run.preset], **run.given})
-    for f in dataclasses.fields(Config):
-        value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
-        if low is not None and not low <= value <= high:
-            raise UserError(f"--{f.name.replace('_', '-')} {value} must be from {low} to {high}")
-    positions = config.patch * 2 ** (len(config.channels) - 1)
-    for bad, sentence in (
-            (not all(0 < c <= 8192 for c in config.channels), f"--channels {config.channels}: 1 to 8192 each"),
-            (config.kernel % 2 == 0 or config.embed % 2, "--kernel must be odd, --embed even"),
-            (config.horizon % positions, f"--horizon {config.horizon} must be a multiple of {positions}: --patch "
-             f"{config.patch}, halved {len(config.channels) - 1} times by the U-Net"),
-            (0 in (config.teacher_steps, config.reward_steps, config.student_steps), "--<stage>-steps must not be 0")):
-        if bad:
-            raise UserError(sentence)
+    if run.command != "evaluate":        # there the saved model brings its own
+        config.check()
     if not run.env and run.data.startswith("minari:"):
         run.env = run.data.removeprefix("minari:")
     elif run.env not in ENVS:
@@ -1124,7 +1150,8 @@ def evaluate_saved(run):
             setattr(run.config, name, value)
         pairs.append((name, getattr(run.config, name), value))
     refuse(path, pairs, "no such flag, or another --out")
-    assess(run, {run.model: saved}, run.model, f"evaluate_{run.model}.json")
+    run.config.check()
+    assess(run, {run.model: saved}, run.model, "evaluate_{method}_nfe{nfe}_noise{init_noise:g}_from{seeds[0]}_n{episodes}.json")
 
 def main(argv=None):
     """The command line. Returns the exit code: 0, 2 for something to put right, 130 for Ctrl-C."""

@@ -299,7 +299,7 @@ def test_sampling_takes_nfe_calls_and_restarts_at_grid_indices_27_and_54():
 def test_a_student_with_the_teachers_weights_is_the_teacher_for_every_k():
     teacher, x, state = network(1), torch.randn(6, 8, 2), torch.randn(6, 3)
     student = UNet1d(2, 3, channels=(8, 16), patch=2, embed=8, two_levels=True)
-    student.load_state_dict(teacher.state_dict(), strict=False)
+    ractd.warm_start(student, teacher)
     t = ractd.lognormal_levels(6, "cpu")
     for k in (t, t / 2, torch.full((6,), 0.02)):
         assert torch.equal(denoise(student, x, t, state, k), denoise(teacher, x, t, state))
@@ -336,7 +336,7 @@ def test_teacher_and_ctd_keep_two_unequal_modes_and_ractd_moves_to_the_good_one(
     for weight in (0.0, 1.0):
         config = Config(grid_points=20, reward_noise=80.0, reward_weight=weight)
         student = UNet1d(1, 1, **size, two_levels=True)
-        student.load_state_dict(teacher.state_dict(), strict=False)
+        ractd.warm_start(student, teacher)
         actor = train(student, lambda x0, _, target: ractd.distillation_loss(
             student, target, teacher, R, state, x0, config), 1000, 2e-3, 0.9)
         samples.append(ractd.student_sample(
@@ -515,7 +515,7 @@ def test_a_saved_policy_acts_identically_without_the_dataset(run, monkeypatch):
     monkeypatch.setattr(ractd, "load_dataset", None)
     for _ in range(2):
         assert cli("evaluate", f"--out={out}", "--episodes=3") == 0
-        assert returns(out, "evaluate_student.json") == returns(out)
+        assert returns(out, "evaluate_RACTD_nfe1_noise20_from0_n3.json") == returns(out)
     for how in (["--model=teacher"], ["--nfe=2"]):
         assert cli("evaluate", f"--out={out}", "--episodes=1", *how) == 0
 
@@ -757,7 +757,7 @@ def test_a_full_disk_and_a_machine_without_git_lose_nothing(run, monkeypatch, ca
     monkeypatch.setenv("PATH", "")
     assert cli("evaluate", flags[0], f"--out={out / 'new' / 'folder'}",
                f"--teacher={out / 'teacher.pt'}", "--model=teacher", "--episodes=2") == 0
-    assert json.loads((out / "new/folder/evaluate_teacher.json").read_text())["git_commit"] is None
+    assert json.loads((out / "new/folder/evaluate_teacher_nfe4_noise20_from0_n2.json").read_text())["git_commit"] is None
 
     def full(_):
         raise OSError(28, "No space left on device")
