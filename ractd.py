@@ -21,21 +21,19 @@ Notation                                      | shapes, all normalised to [-1, 1
 Sections 3-6 are the method: torch and the constants at the top. README.md: where paper and code differ.
 """
 
-import argparse, copy, dataclasses, datetime, difflib, hashlib, io, json, math, os, signal, socket, subprocess  # noqa: E401
-import sys, tempfile, time, unittest.mock, urllib.error, warnings  # noqa: E401
+import argparse, copy, dataclasses, datetime, difflib, hashlib, importlib.metadata, io, json, math  # noqa: E401
+import os, signal, socket, subprocess, sys, tempfile, time, unittest.mock, urllib.error, warnings  # noqa: E401
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
-import torch
+import torch, torch.utils.benchmark  # noqa: E401
 from torch import nn
 
 # ---- 1. Configuration -----------------------------------------------------------------------------
-VERSION = "0.1.0"
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.02, 80.0, 0.5
-REWARD_PULL, NORMS = 0.035, ("squared", "pseudo-huber")   # see reward_loss; the choices of d
+VERSION, NORMS = "0.1.0", ("squared", "pseudo-huber")    # NORMS: the choices of d
 # task -> simulator, and the returns that are D4RL's normalised scores 0 (random) and 100 (expert)
-TASKS = {"hopper": ("Hopper-v4", -20.272305, 3234.3),
-         "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
+TASKS = {"hopper": ("Hopper-v4", -20.272305, 3234.3), "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
          "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0)}
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 # env -> (released reward weight sigma, bytes and SHA-256 of the D4RL v2 file)
@@ -65,7 +63,7 @@ class Config:
     seed: int = opt(0, "data", "seed of everything but evaluation", 0, 2**63 - 1)
     horizon: int = opt(16, "data", "c or H: actions in a planned chunk [16]", 1, 1024)
     history: int = opt(1, "data", "h: last observations that a plan is conditioned on [1]", 1, 64)
-    channels: tuple = opt((64, 128), "network", "U-Net channels per level [512,1024,2048]")
+    channels: tuple = opt((64, 128), "network", "U-Net channels per level [512 1024 2048]")
     kernel: int = opt(3, "network", "U-Net convolution width, odd [5]", 1, 31)
     blocks: int = opt(1, "network", "residual blocks per U-Net level [2]", 1, 8)
     patch: int = opt(4, "network", "actions folded into one U-Net position [1]", 1, 64)
@@ -95,13 +93,14 @@ class Config:
     ctm_weight: float = opt(1.0, "student", "alpha of Eq. 9 [1]", 0, 1e6)
     dsm_weight: float = opt(1.0, "student", "beta of Eq. 9 [1]", 0, 1e6)
     reward_weight: float = opt(1.0, "student", "sigma of Eq. 9; 0 = CTD; default: released, by --env", 0, 1e6)
-    reward_scale: str = opt("slope", "student", "R over its mean |dR/da|, or as it is [none]", choices=("slope", "none"))
     ctm_distance: str = opt("pseudo-huber", "student", "d of Eq. 5 [about squared]", choices=NORMS)
     dsm_target: str = opt("denoiser", "student", "x0 of Eq. 7 is for g(x_t, t, t), which keeps unequal modes, or "
                           "for G(x_t, t, 0) [jump]", choices=("denoiser", "jump"))
     dsm_noise: str = opt("lognormal", "student", "noise of Eq. 7 [mixed: half at 0.76..80]", choices=("lognormal", "mixed"))
     dsm_distance: str = opt("squared", "student", "d of Eq. 7 [paper: pseudo-huber]", choices=NORMS)
     reward_noise: float = opt(1.0, "student", "scale of the initial noise of Eq. 8's sample", 0, 1e4)
+    anchor_weight: float = opt(1.0, "student", "weight of the reward sample's anchor [0: none]", 0, 1e6)
+    anchor_noise: float = opt(0.2, "student", "noise level s at which the teacher judges it", SIGMA_MIN, SIGMA_MAX)
     episodes: int = opt(20, "acting", "evaluation episodes; 100 for a report", 1, 100_000)
     first_seed: int = opt(0, "acting", "episode i has seed first_seed + i", 0)
     nfe: int = opt(1, "acting", "network calls per student sample [1]", 1, 80)
@@ -115,12 +114,11 @@ class Config:
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             if low is not None and not low <= value <= high:
                 raise UserError(f"--{f.name.replace('_', '-')} {value} must be from {low} to {high}")
-        halved = len(self.channels) - 1
+        multiple = self.patch * 2 ** (len(self.channels) - 1)
         for bad, sentence in (
                 (not all(0 < c <= 8192 for c in self.channels), f"--channels {self.channels}: 1 to 8192 each"),
                 (self.kernel % 2 == 0 or self.embed % 2, "--kernel must be odd, --embed even"),
-                (self.horizon % (self.patch * 2**halved), f"--horizon {self.horizon} must be a multiple of "
-                 f"{self.patch * 2**halved}: --patch {self.patch}, halved {halved} times by the U-Net"),
+                (self.horizon % multiple, f"--horizon {self.horizon} must be a multiple of {multiple}, patch 2^(levels - 1)"),
                 (self.execute > self.horizon, f"--execute {self.execute} is more than --horizon {self.horizon}"),
                 (0 in (self.teacher_steps, self.reward_steps, self.student_steps), "--<stage>-steps must not be 0")):
             if bad:
@@ -189,15 +187,15 @@ def fetch_d4rl(env):
         print(f"{path.name} is not in {folder} and cannot be downloaded ({error}).\nA stand-in is made or reused: "
               "Augmented Random Search in the same simulator. Scores on it are NOT\ncomparable with the paper's. "
               "For the real data, put the file into that folder.")
-        return None
 
 def simulator(env, data=None):
     """A callable that makes the environment of a D4RL name, or the one that --data minari:ID recovers."""
     import gymnasium, minari  # noqa: E401
     gymnasium.logger.min_level = gymnasium.logger.ERROR      # no advice to leave the -v4 tasks
+    make = lambda: gymnasium.make(TASKS[env.split("-")[0]][0])  # noqa: E731
     try:
-        make = minari.load_dataset(data.removeprefix("minari:")).recover_environment if (data or "").startswith(
-            "minari:") else lambda: gymnasium.make(TASKS[env.split("-")[0]][0])
+        if data and data.startswith("minari:"):
+            make = minari.load_dataset(data.removeprefix("minari:")).recover_environment
         make().close()
         return make
     except Exception as error:           # many types: dataset gone, no environment in it, package missing
@@ -217,7 +215,6 @@ def collect_standin(env, transitions=200_000, seed=0):
     directions, top, alpha, nu, bonus, factor = SEARCH[task]
     rng, world, began = np.random.default_rng(seed), simulator(task)(), time.time()
     world.reset(seed=seed)               # later resets go on from here
-
     def play(M, mean, std, noise=0.0):
         states, actions, rewards, end = [world.reset()[0]], [], [], [False]
         while not any(end):              # end = [terminated, truncated]
@@ -227,8 +224,8 @@ def collect_standin(env, transitions=200_000, seed=0):
             states.append(state)
             rewards.append(reward)
         last = np.arange(len(rewards)) == len(rewards) - 1
-        return dict(observations=np.float32(states), actions=np.float32(actions),
-                    rewards=np.float32(rewards), terminations=last & end[0], truncations=last & (not end[0]))
+        return dict(observations=np.float32(states), actions=np.float32(actions), rewards=np.float32(rewards),
+                    terminations=last & end[0], truncations=last & (not end[0]))
 
     M = np.zeros(world.action_space.shape + world.observation_space.shape)
     mean, std, count, first, second, tried, updates = 0.0, 1.0, 0, 0.0, 0.0, [], []
@@ -248,8 +245,7 @@ def collect_standin(env, transitions=200_000, seed=0):
         std = np.sqrt(np.maximum(second / count - mean**2, 1e-8))
         done = min(count / (factor * transitions), 1)
         print(f"\rstand-in for {env}: {done:4.0%} of {factor * transitions:,} search steps, mean return "
-              f"{returns.mean():5.0f}, ETA {(1 / done - 1) * (time.time() - began):3.0f} s ", end="", flush=True)
-    print()
+              f"{returns.mean():5.0f}, ETA {(1 / done - 1) * (time.time() - began):3.0f} s ", end="\n" * (done == 1), flush=True)
     if kind == "medium-replay":          # evenly spaced whole episodes where the search took longer
         kept = round(len(tried) * min(transitions / sum(len(e["rewards"]) for e in tried), 1))
         return [tried[i] for i in np.linspace(0, len(tried) - 1, kept, dtype=int)]
@@ -272,8 +268,7 @@ def make_standin(env, transitions=200_000):
         with tempfile.TemporaryDirectory(prefix=".ractd-", dir=root) as folder, \
                 warnings.catch_warnings(), unittest.mock.patch.dict(os.environ, MINARI_DATASETS_PATH=folder):
             warnings.simplefilter("ignore")      # no author, no link: it stays local
-            minari.create_dataset_from_buffers(dataset_id, buffers, env=TASKS[env.split("-")[0]][0],
-                                               algorithm_name="ARS V2-t")
+            minari.create_dataset_from_buffers(dataset_id, buffers, env=TASKS[env.split("-")[0]][0], algorithm_name="ARS V2-t")
             os.renames(f"{folder}/{dataset_id}", root / dataset_id)
     return dataset_id
 
@@ -294,8 +289,8 @@ def read_minari(dataset_id, source):
     """A Minari dataset of Box observations and actions: a local one, or through minari's download."""
     import minari
     try:
-        local = dataset_id in minari.list_local_datasets()
-        episodes = list(minari.load_dataset(dataset_id, download=not local).iterate_episodes())
+        missing = dataset_id not in minari.list_local_datasets()
+        episodes = list(minari.load_dataset(dataset_id, download=missing).iterate_episodes())
         # an episode holds one observation more than actions: the last one, on which nobody acted
         arrays = [np.concatenate([getattr(e, key)[:len(e.rewards)] for e in episodes])
                   for key in ("observations", "actions", "rewards", "terminations", "truncations")]
@@ -457,18 +452,16 @@ class UNet1d(nn.Module):
         self.embed = LevelEmbedding(2 if two_levels else 1, embed)               # of t, or of t and k
         self.condition = nn.Sequential(nn.Linear(embed + state_dim, 2 * embed), nn.SiLU(),
                                        nn.Linear(2 * embed, 2 * embed), nn.SiLU())
-        def stack(c_in, c_out):
-            return nn.ModuleList(ResidualBlock(c_out if i else c_in, c_out, kernel, dropout)
-                                 for i in range(blocks))
+        def stack(c_in, c_out, n=blocks):
+            return nn.ModuleList(ResidualBlock(c_out if i else c_in, c_out, kernel, dropout) for i in range(n))
         pairs = list(zip(channels, channels[1:]))
-        self.down = nn.ModuleList(stack(a, b) for a, b in zip((folded, *channels), channels))
+        self.down = nn.ModuleList(stack(a, b) for a, b in zip((folded, *channels), channels[:-1]))
+        self.down.append(stack((folded, *channels)[-2], channels[-1], 2 * blocks))
         self.shrink = nn.ModuleList(nn.Linear(2 * a, a) for a, _ in pairs)       # two positions -> one
-        self.middle = stack(channels[-1], channels[-1])
         self.grow = nn.ModuleList(nn.Linear(b, 2 * a) for a, b in reversed(pairs))     # one -> two
         self.up = nn.ModuleList(stack(2 * a, a) for a, _ in reversed(pairs))
         self.out = nn.Linear(channels[0], folded)
-        self.sizes = [2 * block.first.linear.out_features
-                      for part in (*self.down, self.middle, *self.up) for block in part]
+        self.sizes = [2 * block.first.linear.out_features for part in (*self.down, *self.up) for block in part]
         self.film = nn.Linear(2 * embed, sum(self.sizes))                        # of all blocks at once
 
     def forward(self, x, t, state, k=None):
@@ -482,8 +475,6 @@ class UNet1d(nn.Module):
             if level < len(self.shrink):
                 skips.append(h)
                 h = self.shrink[level](h.reshape(len(h), h.shape[1] // 2, -1))
-        for block in self.middle:
-            h = block(h, next(films))
         for grow, part in zip(self.grow, self.up):
             h = torch.cat([grow(h).reshape(len(h), 2 * h.shape[1], -1), skips.pop()], dim=2)
             for block in part:
@@ -569,17 +560,16 @@ class RewardModel(nn.Module):
     """R(s_n, a_n): state (B, S), action (B, A) -> return-to-go (B,), normalised; after the released MLP."""
     def __init__(self, state_dim, action_dim, widths=(64, 128, 256)):
         super().__init__()
-        self.enter = nn.ModuleList(nn.Linear(a, b) for a, b in zip((state_dim + action_dim, *widths), widths))
-        self.blocks = nn.ModuleList(nn.ModuleList(nn.Sequential(
-            nn.LayerNorm(b), nn.Linear(b, b), nn.SiLU(), nn.Linear(b, b)) for _ in range(2)) for b in widths)
+        self.layers = nn.ModuleList()
+        for a, b in zip((state_dim + action_dim, *widths), widths):
+            self.layers += [nn.Linear(a, b)] + [nn.Sequential(
+                nn.LayerNorm(b), nn.Linear(b, b), nn.SiLU(), nn.Linear(b, b)) for _ in range(2)]
         self.out = nn.Sequential(nn.SiLU(), nn.Linear(widths[-1], 1))
 
     def forward(self, state, action):
         x = torch.cat([state, action], dim=1)
-        for enter, blocks in zip(self.enter, self.blocks):
-            x = enter(x)
-            for block in blocks:
-                x = x + block(x)
+        for layer in self.layers:
+            x = layer(x) if isinstance(layer, nn.Linear) else x + layer(x)
         return self.out(x).squeeze(1)
 
 def reward_model_loss(prediction, returns_to_go):
@@ -632,24 +622,26 @@ def dsm_loss(prediction, x0, t, distance=squared):
     loss = (edm_weight(t) * distance(prediction, x0)).mean()
     return loss, {"dsm": loss.detach()}
 
-def reward_loss(reward_model, state, action, pull=None):
+def reward_loss(reward_model, state, action):
     """Eq. 8: -R(s_n, a_n), mean over the batch -> (loss, info).
 
     state (B, S); action (B, A): the first of the student's one-step sample, clipped to the action box,
-    outside which R extrapolates and its gradient runs away. With a pull, R is divided by its mean slope
-    |dR/da|: a sample's gradient on the action has the norm `pull` whatever the range of R, beside a CTM
-    loss whose gradient on the chunk has norm 1 (both over B). None leaves R as it is.
+    outside which R extrapolates and its gradient runs away.
     """
-    action = action.clamp(-1, 1)
-    value = reward_model(state, action)                                          # (B,)
-    loss = -value.mean()
-    if pull is not None:
-        slope, = torch.autograd.grad(value.sum(), action, retain_graph=True)     # (B, A)
-        loss = loss * pull / slope.norm(dim=1).mean().clamp(min=1e-8)
-    return loss, {"R": value.detach().mean()}
+    value = reward_model(state, action.clamp(-1, 1)).mean()
+    return -value, {"R": value.detach()}
+
+def anchor_loss(x_hat, denoised):
+    """Not in the paper: |x_hat - D(x_hat + s noise, s)|^2 / 2, mean over the batch -> (loss, info).
+
+    Eq. 8 alone leaves the support of the data, where R is wrong. The teacher at a small s leads back to
+    the nearest mode, firmly where data are narrow, softly where wide (score distillation: Poole et al. 2022).
+    """
+    loss = (x_hat - denoised.detach()).square().flatten(1).sum(1).mean() / 2
+    return loss, {"anchor": loss.detach()}
 
 def distillation_loss(student, target, teacher, reward_model, state, x0, config):
-    """Eq. 9: alpha L_CTM + beta L_DSM + sigma L_Reward on one batch -> (loss, info).
+    """Eq. 9: alpha L_CTM + beta L_DSM + sigma L_Reward (+ anchor) on one batch -> (loss, info).
 
     target, teacher, reward_model (any callable (state, action) -> (B,)): frozen; state (B, S), x0
     (B, H, A); config: the student's fields of Config. One student call serves all three losses.
@@ -678,10 +670,14 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
         losses["dsm"] = dsm_loss(x_hat, x0, s, DISTANCES[config.dsm_distance])
     if config.reward_weight:
         x_T, T, end = jumps["reward"]
-        losses["reward"] = reward_loss(reward_model, state, mix(x_T, g["reward"], T, end)[:, 0],
-                                       REWARD_PULL if config.reward_scale == "slope" else None)
-    weights = dict(ctm=config.ctm_weight, dsm=config.dsm_weight, reward=config.reward_weight)
-    loss = sum(weights[name] * term for name, (term, _) in losses.items())
+        x_hat = mix(x_T, g["reward"], T, end)
+        losses["reward"] = reward_loss(reward_model, state, x_hat[:, 0])
+        if config.anchor_weight:
+            s = torch.full_like(t, config.anchor_noise)
+            with torch.no_grad():
+                denoised = denoise(teacher, x_hat + expand(s) * torch.randn_like(x0), s, state)
+            losses["anchor"] = anchor_loss(x_hat, denoised)
+    loss = sum(getattr(config, f"{name}_weight") * term for name, (term, _) in losses.items())
     return loss, {key: value for _, info in losses.values() for key, value in info.items()}
 
 @torch.no_grad()
@@ -703,6 +699,7 @@ def student_sample(jump, noise, sigmas, nfe=1, init_noise=SIGMA_MAX, renoise=tor
 def replacing(path):
     """A binary file that takes the place of `path` once it is written whole, or never."""
     partial = Path(path).with_suffix(".part")
+    partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(partial, "wb") as f:
             yield f
@@ -727,7 +724,7 @@ def load_checkpoint(path, stage, device):
     return checkpoint
 
 def frozen(net):
-    """The network in eval mode with no gradient to its weights, once and for all."""
+    """The network in eval mode, with no gradient to its weights."""
     return net.eval().requires_grad_(False)
 
 @torch.no_grad()
@@ -737,8 +734,7 @@ def ema_update(target, online, decay):
 
 def cosine(step, steps, warmup):
     """Learning-rate factor: linear warm-up, then half a cosine down to 0."""
-    done = max(0, step - warmup) / max(1, steps - warmup)
-    return min((step + 1) / max(1, warmup), 0.5 * (1 + math.cos(math.pi * done)))
+    return min((step + 1) / max(1, warmup), 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
 
 @contextmanager
 def deferred_interrupt():
@@ -750,13 +746,14 @@ def deferred_interrupt():
     finally:
         signal.signal(signal.SIGINT, handler)
 
-def fit(stage, net, average, decay, loss_fn, run, meta, stop=()):
+def fit(stage, net, loss_fn, run, meta, stop=()):
     """Train `net` for config.<stage>_steps, leaving <stage>.pt and lines in log.jsonl; resumes by itself.
 
-    loss_fn() draws a batch -> (loss, {name: tensor}); average: frozen copy of net, its EMA by decay(step),
-    used afterwards; meta: what else the checkpoint holds; stop: once true, save and end. All randomness is torch's generator, which is
-    in the checkpoint: a run killed at any moment and started again ends, on the CPU, in the same bits.
+    loss_fn(net, average) draws a batch -> (loss, {name: tensor}); average: net's EMA, frozen, which is used
+    afterwards; meta: what else the checkpoint holds; stop: once true, save and end. All randomness is torch's
+    generator, which is saved too: a run killed at any moment and given again ends, on the CPU, in the same bits.
     """
+    average = frozen(copy.deepcopy(net))
     config, path, log = run.config, run.out / f"{stage}.pt", run.out / "log.jsonl"
     steps, lr, warmup, weight_decay = (getattr(config, f"{stage}_{x}") for x in ("steps", "lr", "warmup", "decay"))
     optimizer = torch.optim.AdamW(net.parameters(), lr, (0.95, 0.999), weight_decay=weight_decay, fused=True)
@@ -775,14 +772,13 @@ def fit(stage, net, average, decay, loss_fn, run, meta, stop=()):
         f.writelines((json.dumps(row) + "\n").encode() for row in rows)
     sums, mark, began, saved_at = {}, (time.time(), step), time.time(), time.time()
     while step < steps and not stop:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * cosine(step, steps, warmup)
-        loss, info = loss_fn()
+        optimizer.param_groups[0]["lr"] = lr * cosine(step, steps, warmup)
+        loss, info = loss_fn(net, average)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
         optimizer.step()
-        ema_update(average, net, decay(step))
+        ema_update(average, net, config.target_decay if stage == "student" else min(0.9999, 1 - (1 + step) ** -0.75))
         step += 1
         for name, value in {"loss": loss.detach(), **info, "grad": norm}.items():
             sums[name] = sums.get(name, 0) + value
@@ -829,7 +825,6 @@ def load_reward_model(checkpoint, normalizer, device):
     dims, own = checkpoint["dims"], Normalizer(checkpoint["normalizer"])
     net = frozen(RewardModel(checkpoint["config"]["history"] * dims[0], dims[1])).to(device)
     net.load_state_dict(checkpoint["ema"])
-
     def change(name, x):                 # R may have been trained on other data than the student
         x = normalizer.decode(name, x.unflatten(1, (-1, len(own.tables[name][0]))))
         return own.encode(name, x).flatten(1)
@@ -851,8 +846,7 @@ class Policy:
     def __call__(self, observations, generators):
         """observations (B, h, O) and one numpy Generator per row -> actions (B, H, A)."""
         def noise(_=None):
-            draws = [generator.standard_normal(self.shape, np.float32) for generator in generators]
-            return torch.tensor(np.stack(draws), device=self.device)             # (B, H, A)
+            return torch.tensor(np.stack([g.standard_normal(self.shape, np.float32) for g in generators]), device=self.device)
         observations = torch.tensor(observations, dtype=torch.float32, device=self.device)
         state = self.normalizer.encode("obs", observations).flatten(1)           # (B, h O)
         if self.student:
@@ -880,7 +874,6 @@ def evaluate(policy, make_env, episodes=20, first_seed=0, history=1, execute=1):
         plans = policy(np.array([pasts[i] for i in running + running[:1] * spare]),
                        [generators[i] for i in running] + [np.random.default_rng(0)] * spare)
         network_s += time.perf_counter() - asked
-        ended = set()
         for i, plan in zip(running, plans):
             for action in plan[:execute]:
                 observation, reward, terminated, truncated, _ = envs[i].step(action)
@@ -888,9 +881,8 @@ def evaluate(policy, make_env, episodes=20, first_seed=0, history=1, execute=1):
                 returns[i] += reward
                 lengths[i] += 1
                 if terminated or truncated:
-                    ended.add(i)
+                    running = [j for j in running if j != i]
                     break
-        running = [i for i in running if i not in ended]
     return dict(returns=returns.tolist(), lengths=lengths.tolist(), network_s=network_s,
                 simulator_s=time.perf_counter() - began - network_s)
 
@@ -933,30 +925,25 @@ class Pipeline:
                          normalizer=self.batches.normalizer.tables)
 
     def build(self, stage, saved):
-        """(network, its frozen average, EMA decay by step, loss_fn) of a stage; saved: what it builds on."""
+        """(network, loss_fn of it and its average) of a stage; saved: the checkpoints it builds on."""
         config, batches, device, dims = self.run.config, self.batches, self.run.device, self.dims
-        if stage == "student":
-            teacher = frozen(make_unet(config, dims)).to(device)
-            teacher.load_state_dict(saved["teacher"]["ema"])
-            reward_model = config.reward_weight and load_reward_model(saved["reward"], batches.normalizer, device)
-            net = make_unet(config, dims, two_levels=True, dropout=config.dropout)
-            warm_start(net, teacher)
-        else:
-            net = RewardModel(config.history * dims[0], dims[1]) if stage == "reward" else make_unet(config, dims)
-        average = frozen(copy.deepcopy(net.to(device)))
-        def loss_fn():
-            if stage == "teacher":
+        if stage == "teacher":
+            def loss_fn(net, _):
                 state, x0 = batches.windows(config.teacher_batch)
                 return edm_loss(lambda x, t: denoise(net, x, t, state), x0, lognormal_levels(len(x0), device),
                                 torch.randn_like(x0), DISTANCES[config.teacher_distance])
-            if stage == "reward":
+            return make_unet(config, dims).to(device), loss_fn
+        if stage == "reward":
+            def loss_fn(net, _):
                 state, action, target = batches.transitions(config.reward_batch)
                 return reward_model_loss(net(state, action), target)
-            return distillation_loss(net, average, teacher, reward_model,
-                                     *batches.windows(config.student_batch), config)
-        def decay(step):                 # of teacher and reward model: the released schedule
-            return config.target_decay if stage == "student" else min(0.9999, 1 - (1 + step) ** -0.75)
-        return net, average, decay, loss_fn
+            return RewardModel(config.history * dims[0], dims[1]).to(device), loss_fn
+        teacher, student = frozen(make_unet(config, dims)), make_unet(config, dims, True, config.dropout)
+        teacher.load_state_dict(saved["teacher"]["ema"])
+        warm_start(student, teacher.to(device))
+        reward_model = config.reward_weight and load_reward_model(saved["reward"], batches.normalizer, device)
+        return student.to(device), lambda net, average: distillation_loss(
+            net, average, teacher, reward_model, *batches.windows(config.student_batch), config)
 
     def obtain(self, stage, saved=None):
         """The finished checkpoint of a stage: --teacher/--reward FILE, the run folder's, or trained now."""
@@ -971,14 +958,13 @@ class Pipeline:
             if elsewhere or checkpoint["step"] == checkpoint["steps"]:
                 print(f"{stage}: {path}, {checkpoint['step']:,} steps in {checkpoint['seconds']:.0f} s")
                 return checkpoint
-        run.out.mkdir(parents=True, exist_ok=True)
         with replacing(run.out / "config.json") as f:
             f.write(json.dumps(dataclasses.asdict(run.config), indent=2).encode())
         torch.manual_seed(run.config.seed)
-        net, *rest = self.build(stage, saved)
+        net, loss_fn = self.build(stage, saved)
         print(f"{stage}: {sum(p.numel() for p in net.parameters()):,} parameters")
         with deferred_interrupt() as stop:
-            fit(stage, net, *rest, run, meta, stop)
+            fit(stage, net, loss_fn, run, meta, stop)
         plot_curves(run.out)
         return load_checkpoint(path, stage, run.device)
 
@@ -1006,9 +992,9 @@ class Pipeline:
                 steps = getattr(run.config, f"{stage}_steps")
                 setattr(run.config, f"{stage}_steps", 5)
                 saved[stage] = self.obtain(stage, dict(saved) if stage == "student" else None)
-                seconds = 1 / read_log(run.out)[-1]["steps_per_s"]
-                minutes += steps * seconds / 60
-                print(f"{stage}: {seconds:.3f} s a step, {steps:,} steps: {steps * seconds / 60:.1f} min")
+                rate = 60 * read_log(run.out)[-1]["steps_per_s"]                 # steps a minute
+                minutes += steps / rate
+                print(f"{stage}: {60 / rate:.3f} s a step, {steps:,} steps: {steps / rate:.1f} min")
         print(f"estimated total: {minutes:.1f} min of training, then {run.config.episodes} episodes")
 
 def plot_curves(out):
@@ -1027,17 +1013,13 @@ def plot_curves(out):
 
 def assess(run, saved, actor, name):
     """Score saved[actor] in the simulator; write <out>/<name>, print a table, return the metrics."""
-    import gymnasium, mujoco  # noqa: E401
     config, checkpoint = run.config, saved[actor]
     run.out.mkdir(parents=True, exist_ok=True)
-    policy, times = Policy(checkpoint, config, run.device), []
+    policy = Policy(checkpoint, config, run.device)
     print(f"evaluation: {config.episodes} episodes, {policy.nfe} network call(s) per action", flush=True)
-    result = evaluate(policy, simulator(run.env, run.data), config.episodes, config.first_seed, config.history,
-                      config.execute)
-    for _ in range(120):                 # the policy ends in .cpu(), which waits for the device
-        began = time.perf_counter()
-        policy(np.zeros((1, config.history, checkpoint["dims"][0])), [np.random.default_rng(0)])
-        times.append(1000 * (time.perf_counter() - began))
+    result = evaluate(policy, simulator(run.env, run.data), config.episodes, config.first_seed, config.history, config.execute)
+    timer = torch.utils.benchmark.Timer("policy(states, generators)", num_threads=torch.get_num_threads(), globals=dict(
+        policy=policy, states=np.zeros((1, config.history, checkpoint["dims"][0])), generators=[np.random.default_rng(0)]))
     data, returns, n = checkpoint["dataset"], np.array(result["returns"]), len(result["returns"])
     scores = normalized_score(run.env, returns)
     commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -1046,33 +1028,26 @@ def assess(run, saved, actor, name):
         method="teacher" if not policy.student else "RACTD" if checkpoint["config"]["reward_weight"] else "CTD",
         episodes=n, seeds=list(range(config.first_seed, config.first_seed + n)), **result,
         return_mean=returns.mean(), normalized_score_mean=scores.mean(),
-        normalized_score_sem=scores.std(ddof=1) / n ** 0.5 if n > 1 else math.nan, ms_per_action=np.median(times[20:]),
+        normalized_score_sem=scores.std(ddof=1) / n ** 0.5 if n > 1 else math.nan, ms_per_action=1000 * timer.blocked_autorange().median,
         train_seconds={stage: c["seconds"] for stage, c in saved.items()}, seed=checkpoint["config"]["seed"],
-        device=str(run.device), git_commit=commit.stdout.strip() or None, versions=dict(
-            ractd=VERSION, python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__,
-            gymnasium=gymnasium.__version__, mujoco=mujoco.__version__))
+        device=str(run.device), git_commit=commit.stdout.strip() or None,
+        versions=dict(ractd=VERSION, python=sys.version.split()[0], **{
+            name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}))
     path = run.out / name.format(**metrics)
     with replacing(path) as f:           # NaN is not JSON
-        plain = {key: None if value != value else value for key, value in metrics.items()}
-        f.write(json.dumps(plain, indent=2, default=float).encode())
+        f.write(json.dumps({k: None if v != v else v for k, v in metrics.items()}, indent=2, default=float).encode())
     print(f"\n{run.env} on {data['name']} ({data['source']}{data['note']}), {n} episodes from seed {config.first_seed}\n"
           f"{'':<32}   return    score  std. err.  ms/action")
     for label, value in (("data, best episode", data["return_best"]), ("data, mean episode", data["return_mean"]),
                          (f"{metrics['method']}, {policy.nfe} network call(s)", metrics["return_mean"])):
         print(f"{label:<32}{value:9.0f}{normalized_score(run.env, value):9.1f}", end="" if label[0] != "d" else "\n")
-    print(f"{metrics['normalized_score_sem']:11.1f}{metrics['ms_per_action']:11.2f}")
-    print(f"All numbers: {path}; training curves: {run.out / 'training.png'}")
+    print(f"{metrics['normalized_score_sem']:11.1f}{metrics['ms_per_action']:11.2f}\nAll numbers: {path}; training curves: {run.out / 'training.png'}")
 
 # ---- 10. Command line -----------------------------------------------------------------------------
 COMMANDS = {"data": "fetch or make the dataset and print what is in it",
-            "teacher": "train the EDM diffusion teacher",
-            "reward": "train the reward model (return-to-go)",
+            "teacher": "train the EDM diffusion teacher", "reward": "train the reward model (return-to-go)",
             "distill": "whatever of the above is missing, then the student, then its score",
             "evaluate": "act with a saved student or teacher"}
-
-def integers(text):
-    """"64,128" -> (64, 128)."""
-    return tuple(map(int, text.split(",")))
 
 def build_parser():
     """One subparser per command; the hyperparameter flags are generated from Config."""
@@ -1097,18 +1072,16 @@ def build_parser():
         if command == "evaluate":
             add("--model", choices=("student", "teacher"), default="student", help="who acts (default: student)")
         for f in dataclasses.fields(Config):
-            many, choices = isinstance(f.default, tuple), f.metadata["choices"]
-            shown = ",".join(map(str, f.default)) if many else f.default
-            add("--" + f.name.replace("_", "-"), dest="config_" + f.name, choices=choices,
-                type=integers if many else f.type,
-                metavar=None if choices else "INT,INT" if many else f.type.__name__.upper(),
-                help=f"{f.metadata['stage']}: {f.metadata['help']} (default: {shown})")
+            many, choices = dict(nargs="+", type=int) if f.type is tuple else dict(type=f.type), f.metadata["choices"]
+            add("--" + f.name.replace("_", "-"), dest="config_" + f.name, choices=choices, **many,
+                metavar=None if choices else many["type"].__name__.upper(),
+                help=f"{f.metadata['stage']}: {f.metadata['help']} (default: {f.default})")
     return parser
 
 def resolve(run):
     """Check the parsed command line and put what it means in its place: config, given, env, out, device."""
-    run.given = {key.removeprefix("config_"): value for key, value in vars(run).items()
-                 if key.startswith("config_") and value is not None}
+    run.given = {key.removeprefix("config_"): tuple(value) if isinstance(value, list) else value
+                 for key, value in vars(run).items() if key.startswith("config_") and value is not None}
     config = run.config = Config(**{**PRESETS[run.preset], **run.given})
     if run.command != "evaluate":        # there the saved model brings its own
         config.check()

@@ -221,12 +221,13 @@ def distil(student=None, teacher=1, **config):
                                          Config(grid_points=10, **dict(reward_weight=1.0) | config))
     return loss, info, nets
 
-@pytest.mark.parametrize("alone", ["ctm", "dsm", "reward"])
+@pytest.mark.parametrize("alone", ["ctm", "dsm", "reward", "anchor"])
 @pytest.mark.parametrize("options", [{}, dict(
-    dsm_target="jump", dsm_noise="mixed", reward_scale="none", ctm_distance="squared",
+    dsm_target="jump", dsm_noise="mixed", ctm_distance="squared",
     dsm_distance="pseudo-huber", reward_noise=80.0)])
 def test_each_loss_alone_moves_every_student_parameter_and_nothing_else(alone, options):
-    weights = {f"{name}_weight": float(name == alone) for name in ("ctm", "dsm", "reward")}
+    weights = {f"{name}_weight": float(name == alone) for name in ("ctm", "dsm", "reward", "anchor")}
+    weights["reward_weight"] += 1e-9 * weights["anchor_weight"]    # the anchor goes with the reward
     loss, _, nets = distil(**weights, **options)
     loss.backward()
     assert not [name for name, p in nets.student.named_parameters()
@@ -251,35 +252,39 @@ def test_in_a_real_run_all_but_the_student_is_frozen_and_in_eval_mode(run, monke
 def test_the_teacher_matters_and_no_loss_depends_on_anothers_weight():
     _, info, _ = distil()
     assert info["ctm"] != distil(teacher=5)[1]["ctm"]
-    for off, kept in (("ctm", ("dsm", "R")), ("dsm", ("ctm",)), ("reward", ("ctm", "dsm"))):
-        weights = dict(ctm_weight=1.0, dsm_weight=3.0, reward_weight=2.0) | {f"{off}_weight": 0.0}
-        loss, others, _ = distil(**weights, reward_scale="none")
+    for off, kept in (("ctm", ("dsm", "R")), ("dsm", ("ctm",)), ("reward", ("ctm", "dsm")),
+                      ("anchor", ("ctm", "dsm", "R"))):
+        weights = dict(ctm_weight=1.0, dsm_weight=3.0, reward_weight=2.0, anchor_weight=5.0)
+        weights[f"{off}_weight"] = 0.0
+        loss, others, _ = distil(**weights)
         total = sum(weights[f"{name}_weight"] * others.get(key, 0) * sign for name, key, sign in (
-            ("ctm", "ctm", 1), ("dsm", "dsm", 1), ("reward", "R", -1)))
+            ("ctm", "ctm", 1), ("dsm", "dsm", 1), ("reward", "R", -1), ("anchor", "anchor", 1)))
         assert loss.item() == pytest.approx(total.item(), rel=1e-5)
         for name in kept:
             assert others[name].item() == pytest.approx(info[name].item(), rel=1e-4)
 
-def test_reward_pull_is_the_scale_whatever_the_range_of_R_and_none_outside_the_box():
-    torch.manual_seed(0)
-    R, state = ractd.RewardModel(3, 2, (8, 8)), torch.randn(6, 3)
-    inside, grads = torch.rand(6, 2) - 0.5, []
-    for factor in (1, 100):
-        action = inside.clone().requires_grad_()
-        ractd.reward_loss(lambda s, a: factor * R(s, a), state, action, 0.03)[0].backward()
-        grads.append(action.grad)
-    assert grads[0].norm(dim=1).sum().item() == pytest.approx(0.03, rel=1e-4)
-    assert torch.allclose(grads[0], grads[1], rtol=1e-4)
-    outside = torch.tensor([[0.5, -2.0]], requires_grad=True)
-    loss, info = ractd.reward_loss(lambda s, a: 5 * a.sum(1), None, outside)
+def test_reward_loss_is_minus_the_mean_return_and_has_no_slope_outside_the_box():
+    action = torch.tensor([[0.5, -2.0], [0.1, 0.2]], requires_grad=True)
+    loss, info = ractd.reward_loss(lambda s, a: 5 * a.sum(1), None, action)
     loss.backward()
-    assert outside.grad.tolist() == [[-5.0, 0.0]] and loss == -info["R"] == 2.5
+    assert action.grad.tolist() == [[-2.5, 0.0], [-2.5, -2.5]] and loss == -info["R"] == 0.5
+
+def test_the_anchor_of_gaussian_data_is_a_spring_stiff_where_they_are_narrow():
+    """D(x + s n, s) = c (x + s n), c = sd^2 / (sd^2 + s^2): mean gradient (1 - c) x, none through D."""
+    torch.manual_seed(0)
+    for sd, s in ((0.05, 0.2), (0.5, 0.2)):
+        x = torch.ones(20_000, 1, 1, requires_grad=True)
+        c = sd**2 / (sd**2 + s**2)
+        loss, info = ractd.anchor_loss(x, c * (x + s * torch.randn_like(x)))
+        loss.backward()
+        assert x.grad.sum().item() == pytest.approx(1 - c, rel=0.02) and loss == info["anchor"]
+        assert loss.item() == pytest.approx(((1 - c) ** 2 + (c * s) ** 2) / 2, rel=0.02)
 
 def test_a_few_steps_on_the_reward_loss_raise_the_predicted_return():
     student, values = network(0, True), []
     optimizer = torch.optim.Adam(student.parameters(), 1e-3)
     for _ in range(10):
-        loss, info, _ = distil(student, ctm_weight=0.0, dsm_weight=0.0)
+        loss, info, _ = distil(student, ctm_weight=0.0, dsm_weight=0.0, anchor_weight=0.0)
         optimizer.zero_grad(), loss.backward(), optimizer.step()
         values.append(info["R"].item())
     assert values[-1] > values[0] + 0.01
@@ -428,14 +433,15 @@ def server(monkeypatch, tmp_path):
     cache = tmp_path / "D4RL_DATASET_DIR" / "hopper_medium_replay-v2.hdf5"
     state = SimpleNamespace(mode="good", content=content, cache=cache)
     timeout = socket.getdefaulttimeout()
-    answers = {"good": content, "wrong": content[::-1], "broken": content[:2000]}
+    answers = {"good": content, "wrong": content[::-1]}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200 if self.path == f"/{cache.name}" else 404)
-            self.send_header("Content-Length", str(len(content) + 999 * (state.mode == "broken")))
+            self.send_header("Content-Length", str(len(content) + 999 * (state.mode in ("broken", "silent"))))
             self.end_headers()
-            self.wfile.write(answers[state.mode])
+            self.wfile.write(answers.get(state.mode, content[:2000]))
+            state.mode == "silent" and time.sleep(2)
 
         def log_message(self, *_):
             pass
@@ -452,9 +458,10 @@ def test_the_default_data_are_downloaded_checked_and_cached(server, capsys):
     server.mode = "wrong"                                    # a second download would fail
     assert cli("data") == 0 and "(D4RL)" in capsys.readouterr().out
 
-@pytest.mark.parametrize("mode", ["broken", "wrong"])
-def test_a_failed_download_says_so_and_leaves_nothing_behind(server, mode, capsys):
-    server.mode = mode
+@pytest.mark.parametrize("mode", ["broken", "silent", "wrong"])
+def test_a_failed_download_says_so_and_leaves_nothing_behind(server, mode, monkeypatch, capsys):
+    server.mode, wait = mode, socket.setdefaulttimeout
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda _: wait(0.5))    # not 20 seconds
     refused(capsys, cli("data"), "not the published file")
     assert not list(server.cache.parent.iterdir())
 
@@ -547,7 +554,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(trained, run, command, stage):
 def test_ctrl_c_saves_and_exits_with_130_and_the_command_goes_on(trained, run, monkeypatch, capsys):
     out, flags = run
     (out / "teacher.pt").unlink()
-    calls, loss = [], ractd.edm_loss
+    calls, loss, handler = [], ractd.edm_loss, signal.getsignal(signal.SIGINT)
 
     def interrupted(*args):
         calls.append(1)
@@ -557,8 +564,10 @@ def test_ctrl_c_saves_and_exits_with_130_and_the_command_goes_on(trained, run, m
     monkeypatch.setattr(ractd, "edm_loss", interrupted)
     assert cli("teacher", *flags) == 130 and "goes on" in capsys.readouterr().out
     assert torch.load(out / "teacher.pt")["step"] == 7
+    assert signal.getsignal(signal.SIGINT) is handler
     assert cli("teacher", *flags) == 0 and len(calls) == STEPS
     assert same_weights(out / "teacher.pt", trained[0] / "teacher.pt")
+    assert cli("distill", *flags) == 0               # the student knows the same teacher again
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(trained, seed):
@@ -696,7 +705,7 @@ def test_a_missing_or_damaged_file_is_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("flag", """--channels=0 --channels=a --kernel=4 --embed=9 --horizon=10
     --horizon=-8 --history=0 --gamma=1 --gamma=nan --teacher-steps=0 --teacher-lr=-1 --patch=0
-    --reward-batch=0 --grid-points=2 --episodes=0 --nfe=0 --nfe=x --execute=0
+    --reward-batch=0 --grid-points=2 --episodes=0 --nfe=0 --nfe=x --execute=0 --execute=9
     --dropout=2 --seed=-1 --seed=99999999999999999999 --target-decay=2 --init-noise=nan
     --reward-weight=-2 --dsm-target=x --device=cuda:99 --device=x --horizn=8 --preset=x""".split())
 def test_a_bad_flag_is_refused_by_name(flag, trained, capsys):
