@@ -338,7 +338,7 @@ def test_teacher_and_ctd_keep_two_unequal_modes_and_ractd_moves_to_the_good_one(
     R = train(R_net, lambda x0, returns, _: ractd.reward_model_loss(
         R_net(state, x0[:, 0]), returns), 300, 1e-3, 0.95)
     samples = [ractd.heun_sample(lambda x, t: denoise(teacher, x, t, states), 80 * z, grid)[0]]
-    for weight in (0.0, 1.0):
+    for weight in (0.0, 2.0):
         config = Config(grid_points=20, reward_noise=80.0, reward_weight=weight)
         student = UNet1d(1, 1, **size, two_levels=True)
         ractd.warm_start(student, teacher)
@@ -348,7 +348,7 @@ def test_teacher_and_ctd_keep_two_unequal_modes_and_ractd_moves_to_the_good_one(
             lambda x, t, k: ractd.student_jump(actor, x, t, k, states), z, grid, 1, 80.0)[0])
     mean = torch.stack([x.mean((1, 2)) for x in samples])
     good, between = ((m.float().mean(1).tolist()) for m in (mean > 0.4, mean.abs() < 0.4))
-    first = [(x[:, 0] > 0.3).float().mean().item() for x in samples]
+    first = [((x[:, 0] > 0.3) & (x[:, 0] < 0.9)).float().mean().item() for x in samples]
     assert 0.2 < good[0] < 0.4 and between[0] < 0.05, (good, between)
     assert 0.15 < good[1] < 0.45 and between[1] < 0.15, (good, between)
     assert first[1] < 0.5 and first[2] > 0.9, first
@@ -522,7 +522,7 @@ def test_a_saved_policy_acts_identically_without_the_dataset(run, monkeypatch):
     monkeypatch.setattr(ractd, "load_dataset", None)
     for _ in range(2):
         assert cli("evaluate", f"--out={out}", "--episodes=3") == 0
-        assert returns(out, "evaluate_RACTD_nfe1_noise20_from0_n3.json") == returns(out)
+        assert returns(out, "evaluate_RACTD_nfe1_noise1_from0_n3.json") == returns(out)
     for how in (["--model=teacher"], ["--nfe=2"]):
         assert cli("evaluate", f"--out={out}", "--episodes=1", *how) == 0
 
@@ -766,7 +766,7 @@ def test_a_full_disk_and_a_machine_without_git_lose_nothing(run, monkeypatch, ca
     monkeypatch.setenv("PATH", "")
     assert cli("evaluate", flags[0], f"--out={out / 'new' / 'folder'}",
                f"--teacher={out / 'teacher.pt'}", "--model=teacher", "--episodes=2") == 0
-    assert json.loads((out / "new/folder/evaluate_teacher_nfe4_noise20_from0_n2.json").read_text())["git_commit"] is None
+    assert json.loads((out / "new/folder/evaluate_teacher_nfe4_noise1_from0_n2.json").read_text())["git_commit"] is None
 
     def full(_):
         raise OSError(28, "No space left on device")
