@@ -96,7 +96,7 @@ class Config:
     ctm_distance: str = opt("pseudo-huber", "student", "d of Eq. 5 [about squared]", choices=NORMS)
     dsm_target: str = opt("denoiser", "student", "x0 of Eq. 7 is for g(x_t, t, t), which keeps unequal modes, or "
                           "for G(x_t, t, 0) [jump]", choices=("denoiser", "jump"))
-    dsm_noise: str = opt("lognormal", "student", "noise of Eq. 7 [mixed: half at 0.76..80]", choices=("lognormal", "mixed"))
+    dsm_noise: str = opt("lognormal", "student", "levels of Eq. 7 [mixed]", choices=("lognormal", "mixed"))
     dsm_distance: str = opt("squared", "student", "d of Eq. 7 [paper: pseudo-huber]", choices=NORMS)
     reward_noise: float = opt(1.0, "student", "scale of the initial noise of Eq. 8's sample", 0, 1e4)
     anchor_weight: float = opt(1.0, "student", "weight of the reward sample's anchor [0: none]", 0, 1e6)
@@ -152,7 +152,7 @@ class Dataset:
     def __str__(self):
         s = self.summary()
         return (f"data: {self.name} ({self.source}{s['note']})\n      {s['transitions']:,} transitions, "
-                f"{s['episodes']:,} episodes, return best {s['return_best']:.0f}, mean {s['return_mean']:.0f}, worst {s['return_worst']:.0f}")
+                f"{s['episodes']:,} episodes, return {s['return_worst']:.0f} to {s['return_best']:.0f}, mean {s['return_mean']:.0f}")
 
 def load_dataset(env, data=None):
     """--data: FILE.hdf5 in D4RL's layout, minari:ID, "standin", or None for the D4RL file of env."""
@@ -945,16 +945,29 @@ class Pipeline:
         return student.to(device), lambda net, average: distillation_loss(
             net, average, teacher, reward_model, *batches.windows(config.student_batch), config)
 
+    def depends(self, stage, saved):
+        """Everything that a stage's checkpoint depends on, name -> value."""
+        run, data = self.run, self.meta["dataset"]
+        return dict(env=run.env, task=run.env.split("-")[0], dims=self.dims, **{
+            f.name: getattr(run.config, f.name) for f in dataclasses.fields(Config) if f.metadata["stage"] in STAGES[stage]},
+            dataset=f"{data['name']} ({data['source']}, {data['transitions']:,} rows, mean return {data['return_mean']:.6g})",
+            **{f"{name}_id": checkpoint["id"] for name, checkpoint in (saved or {}).items()})
+
     def obtain(self, stage, saved=None):
         """The finished checkpoint of a stage: --teacher/--reward FILE, the run folder's, or trained now."""
         run, elsewhere = self.run, getattr(self.run, stage, None)
         path = Path(elsewhere or run.out / f"{stage}.pt")
-        meta = dict(self.meta, **{f"{name}_id": c["id"] for name, c in (saved or {}).items()})
+        depends = self.depends(stage, saved)
         if stage in run.retrain and path.exists() and not elsewhere:
             os.replace(path, path.with_suffix(f".{time.time():.0f}.old.pt"))
         if elsewhere or path.exists():
             checkpoint = load_checkpoint(path, stage, run.device)
-            self.check_fits(checkpoint, path, stage, meta, elsewhere)
+            same = depends               # of a model trained elsewhere the data and the schedule are its own affair
+            if elsewhere:
+                same = ["task", "dims", "history"] + [f for f in (
+                    "horizon", "channels", "kernel", "blocks", "patch", "embed") if stage == "teacher"]
+            refuse(path, [(name, checkpoint["depends"].get(name), depends[name]) for name in same],
+                   "another file" if elsewhere else f"another --data or --out, or --retrain {stage}")
             if elsewhere or checkpoint["step"] == checkpoint["steps"]:
                 print(f"{stage}: {path}, {checkpoint['step']:,} steps in {checkpoint['seconds']:.0f} s")
                 return checkpoint
@@ -964,23 +977,9 @@ class Pipeline:
         net, loss_fn = self.build(stage, saved)
         print(f"{stage}: {sum(p.numel() for p in net.parameters()):,} parameters")
         with deferred_interrupt() as stop:
-            fit(stage, net, loss_fn, run, meta, stop)
+            fit(stage, net, loss_fn, run, dict(self.meta, depends=depends), stop)
         plot_curves(run.out)
         return load_checkpoint(path, stage, run.device)
-
-    def check_fits(self, saved, path, stage, meta, elsewhere):
-        """Raise UserError listing whatever of a checkpoint does not fit this run, and the way out."""
-        fields = [f.name for f in dataclasses.fields(Config) if f.metadata["stage"] in STAGES[stage]]
-        keys = sorted(meta.keys() - {"normalizer"})
-        if elsewhere:                    # what it was trained on, and how, is its own affair
-            keys, fields = ("dims",), ["history"] + [f for f in (
-                "horizon", "channels", "kernel", "blocks", "patch", "embed") if stage == "teacher"]
-        def brief(x):                    # a dataset's summary
-            return f"{x['name']} ({x['source']}, {x['transitions']:,} rows)" if isinstance(x, dict) else x
-        refuse(path, [(name, saved["config"][name], getattr(self.run.config, name)) for name in fields]
-               + [(key, *map(brief, (saved.get(key), meta[key]))) for key in keys]
-               + [("task", saved["env"].split("-")[0], self.run.env.split("-")[0])],
-               "another file" if elsewhere else f"another --data or --out, or --retrain {stage}")
 
     def dry_run(self):
         """Five steps of every stage in a folder that is thrown away, and what the whole would take."""
@@ -1007,12 +1006,12 @@ def plot_curves(out):
         for name in [x for row in rows[:1] for x in row if x not in ("stage", "step", "steps", "grad", "steps_per_s")]:
             axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
         axis.set(title=stage, xlabel="gradient steps", ylabel="mean since the last point")
-        axis.legend(fontsize=8) if rows else axis.text(0.1, 0.5, "not trained in this folder")
+        axis.legend(fontsize=8, bbox_to_anchor=(1, 1), loc="upper left") if rows else axis.text(0.1, 0.5, "not trained here")
     figure.savefig(out / "training.png", dpi=110)
     pyplot.close(figure)
 
 def assess(run, saved, actor, name):
-    """Score saved[actor] in the simulator; write <out>/<name>, print a table, return the metrics."""
+    """Score saved[actor] in the simulator; write <out>/<name>, print a table."""
     config, checkpoint = run.config, saved[actor]
     run.out.mkdir(parents=True, exist_ok=True)
     policy = Policy(checkpoint, config, run.device)
@@ -1022,15 +1021,15 @@ def assess(run, saved, actor, name):
         policy=policy, states=np.zeros((1, config.history, checkpoint["dims"][0])), generators=[np.random.default_rng(0)]))
     data, returns, n = checkpoint["dataset"], np.array(result["returns"]), len(result["returns"])
     scores = normalized_score(run.env, returns)
-    commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2> {os.devnull}")
     metrics = dict(
         env=run.env, dataset=data, nfe=policy.nfe, init_noise=config.init_noise,
         method="teacher" if not policy.student else "RACTD" if checkpoint["config"]["reward_weight"] else "CTD",
         episodes=n, seeds=list(range(config.first_seed, config.first_seed + n)), **result,
         return_mean=returns.mean(), normalized_score_mean=scores.mean(),
-        normalized_score_sem=scores.std(ddof=1) / n ** 0.5 if n > 1 else math.nan, ms_per_action=1000 * timer.blocked_autorange().median,
-        train_seconds={stage: c["seconds"] for stage, c in saved.items()}, seed=checkpoint["config"]["seed"],
-        device=str(run.device), git_commit=commit.stdout.strip() or None,
+        normalized_score_sem=scores.std(ddof=1) / n ** 0.5 if n > 1 else math.nan, seed=checkpoint["config"]["seed"],
+        train_seconds={stage: c["seconds"] for stage, c in saved.items()},
+        ms_per_action=1000 * timer.blocked_autorange().median, device=str(run.device), git_commit=commit or None,
         versions=dict(ractd=VERSION, python=sys.version.split()[0], **{
             name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}))
     path = run.out / name.format(**metrics)
@@ -1041,7 +1040,8 @@ def assess(run, saved, actor, name):
     for label, value in (("data, best episode", data["return_best"]), ("data, mean episode", data["return_mean"]),
                          (f"{metrics['method']}, {policy.nfe} network call(s)", metrics["return_mean"])):
         print(f"{label:<32}{value:9.0f}{normalized_score(run.env, value):9.1f}", end="" if label[0] != "d" else "\n")
-    print(f"{metrics['normalized_score_sem']:11.1f}{metrics['ms_per_action']:11.2f}\nAll numbers: {path}; training curves: {run.out / 'training.png'}")
+    print(f"{metrics['normalized_score_sem']:11.1f}{metrics['ms_per_action']:11.2f}")
+    print(f"All numbers: {path}; training curves: {run.out / 'training.png'}")
 
 # ---- 10. Command line -----------------------------------------------------------------------------
 COMMANDS = {"data": "fetch or make the dataset and print what is in it",
@@ -1140,7 +1140,7 @@ def main(argv=None):
         else:
             distill(run)
     except (UserError, OSError) as error:
-        print("ractd.py:", error, "" if type(error) is UserError else f"(in {run.out}; saved files are untouched)", file=sys.stderr)
+        print("ractd.py:", error, "" if type(error) is UserError else f"(in {run.out}; nothing saved is lost)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
