@@ -99,8 +99,8 @@ class Config:
     dsm_noise: str = opt("lognormal", "student", "levels of Eq. 7 [mixed]", choices=("lognormal", "mixed"))
     dsm_distance: str = opt("squared", "student", "d of Eq. 7 [paper: pseudo-huber]", choices=NORMS)
     reward_noise: float = opt(1.0, "student", "scale of the initial noise of Eq. 8's sample", 0, 1e4)
-    anchor_weight: float = opt(1.0, "student", "weight of the reward sample's anchor [0: none]", 0, 1e6)
-    anchor_noise: float = opt(0.2, "student", "noise level s at which the teacher judges it", SIGMA_MIN, SIGMA_MAX)
+    anchor_weight: float = opt(1.0, "student", "weight of the anchor of Eq. 8's sample on the data [0: none]", 0, 1e6)
+    anchor_noise: float = opt(0.2, "student", "noise level s of the anchor", SIGMA_MIN, SIGMA_MAX)
     episodes: int = opt(20, "acting", "evaluation episodes; 100 for a report", 1, 100_000)
     first_seed: int = opt(0, "acting", "episode i has seed first_seed + i", 0)
     nfe: int = opt(1, "acting", "network calls per student sample [1]", 1, 80)
@@ -589,7 +589,7 @@ def student_jump(net, x, t, k, state):
 def draw_jumps(batch, sigmas):
     """Grid levels t > u >= k, each (B,): i_u ~ U{1..n-1}, i_t = i_u - 1, i_k ~ U{i_u..n-1}.
 
-    k = u, the direct anchor on the teacher, is among them; u = t, 15 % of the released draws, is not.
+    k = u, the direct comparison with the teacher, is among them; u = t, 15 % of the released draws, is not.
     """
     n = len(sigmas)
     i_u = torch.randint(1, n, (batch,), device=sigmas.device)
@@ -1054,7 +1054,7 @@ def build_parser():
     parser = argparse.ArgumentParser(prog="ractd.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for command, text in COMMANDS.items():
-        p = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
+        p = commands.add_parser(command, help=text, description=f"{text} [in brackets: the released value]", allow_abbrev=False)
         add = p.add_argument
         add("--env", help="one of " + ", ".join(ENVS) + "; optional with minari:ID")
         add("--data", default="", help="FILE.hdf5 in D4RL's layout, minari:ID, or standin (default: the D4RL "
