@@ -579,7 +579,7 @@ def reward_model_loss(prediction, returns_to_go):
 
 # ---- 6. CTM student and its three losses (RACTD Eqs. 5-9; Kim et al. 2024) ------------------------
 def mix(x, g, t, k):
-    """G = (k/t) x + (1 - k/t) g: exactly x at k = t, g at k = 0 (Kim et al. 2024)."""
+    """G = (k/t) x + (1 - k/t) g, x and g (B, H, A), t and k (B,): exactly x at k = t, g at k = 0 (Kim et al. 2024)."""
     return torch.lerp(g, x, expand(k / t))
 
 def student_jump(net, x, t, k, state):
@@ -632,10 +632,10 @@ def reward_loss(reward_model, state, action):
     return -value, {"R": value.detach()}
 
 def anchor_loss(x_hat, denoised):
-    """Not in the paper: |x_hat - D(x_hat + s noise, s)|^2 / 2, mean over the batch -> (loss, info).
+    """Not in the paper: |x_hat - denoised|^2 / 2, both (B, H, A), mean over the batch -> (loss, info).
 
-    Eq. 8 alone leaves the support of the data, where R is wrong. The teacher at a small s leads back to
-    the nearest mode, firmly where data are narrow, softly where wide (score distillation: Poole et al. 2022).
+    denoised = D(x_hat + s noise, s) of the frozen teacher. Eq. 8 alone leaves the data, where R is wrong; this leads
+    back to their nearest mode, firmly where they are narrow, softly where wide (score distillation: Poole et al. 2022).
     """
     loss = (x_hat - denoised.detach()).square().flatten(1).sum(1).mean() / 2
     return loss, {"anchor": loss.detach()}
@@ -657,7 +657,7 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
     if config.dsm_weight:
         s = (lognormal_levels if config.dsm_noise == "lognormal" else mixed_levels)(len(x0), x0.device)
         jumps["dsm"] = (x0 + expand(s) * torch.randn_like(x0), s, s if config.dsm_target == "denoiser" else zero)
-    if config.reward_weight:             # G(x_T, T, 0), from the noise it acts from
+    if config.reward_weight:             # G(x_T, T, 0), from the noise that it acts from by default
         jumps["reward"] = (config.reward_noise * torch.randn_like(x0), torch.full_like(t, SIGMA_MAX), zero)
     x, start, end = (torch.cat(parts) for parts in zip(*jumps.values()))
     outputs = denoise(student, x, start, state.repeat(len(jumps), 1), end).split(len(x0))
@@ -881,7 +881,7 @@ def evaluate(policy, make_env, episodes=20, first_seed=0, history=1, execute=1):
                 returns[i] += reward
                 lengths[i] += 1
                 if terminated or truncated:
-                    running = [j for j in running if j != i]
+                    running = [j for j in running if j != i]     # the loop goes on over the old list
                     break
     return dict(returns=returns.tolist(), lengths=lengths.tolist(), network_s=network_s,
                 simulator_s=time.perf_counter() - began - network_s)

@@ -426,6 +426,19 @@ def test_a_d4rl_file_and_a_minari_dataset_of_the_same_rows_are_the_same_dataset(
         assert np.array_equal(getattr(one, key), rows.get(key, getattr(one, key)))
         assert np.array_equal(getattr(one, key), getattr(two, key))
 
+def test_a_million_transitions_load_in_seconds_and_in_little_memory(tmp_path):
+    n = 1_000_000
+    rows = dict(observations=np.random.default_rng(0).random((n, 17), np.float32),
+                actions=np.zeros((n, 6), np.float32), rewards=np.ones(n, np.float32),
+                terminals=np.arange(n) % 333 == 0, timeouts=np.arange(n) % 1000 == 999)
+    code = """import resource, sys, time, torch, ractd; began = time.time()
+data = ractd.Batches(ractd.load_dataset("", sys.argv[1]), ractd.Config(), torch.device("cpu"))
+print(time.time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)"""
+    seconds, gigabytes = map(float, subprocess.run(
+        [sys.executable, "-c", code, write(tmp_path / "million.hdf5", rows)], check=True,
+        capture_output=True, text=True, cwd=Path(SCRIPT).parent).stdout.split())
+    assert seconds < 20 and gigabytes < 1.5, (seconds, gigabytes)
+
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     """A web server on the loopback for a tiny "published" file; .mode says how it behaves."""
