@@ -19,10 +19,11 @@ Notation                                      | shapes, all normalised to [-1, 1
     G      the student's jump t -> k          |     sg        frozen: no gradient to these weights
 
 Sections 3-6 are the method: torch and the constants at the top. README.md: where paper and code differ.
+reproduce.py: stand-in data for machines without a network, and the paper's tables and figures.
 """
 
 import argparse, copy, dataclasses, datetime, difflib, hashlib, importlib.metadata, io, json, math  # noqa: E401
-import os, signal, socket, subprocess, sys, tempfile, time, unittest.mock, urllib.error, warnings  # noqa: E401
+import os, signal, socket, subprocess, sys, tempfile, time, urllib.error  # noqa: E401
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
@@ -159,6 +160,7 @@ def load_dataset(env, data=None):
     if not data and (path := fetch_d4rl(env)):
         return read_hdf5(path, f"{env}-v2", "D4RL")
     if not data or data == "standin":
+        from reproduce import make_standin
         return read_minari(make_standin(env), "stand-in")
     if data.startswith("minari:"):
         return read_minari(data.removeprefix("minari:"), "minari")
@@ -192,7 +194,7 @@ def simulator(env, data=None):
     """A callable that makes the environment of a D4RL name, or the one that --data minari:ID recovers."""
     import gymnasium, minari  # noqa: E401
     gymnasium.logger.min_level = gymnasium.logger.ERROR      # no advice to leave the -v4 tasks
-    make = lambda: gymnasium.make(TASKS[env.split("-")[0]][0])  # noqa: E731
+    make = lambda **options: gymnasium.make(TASKS[env.split("-")[0]][0], **options)  # noqa: E731
     try:
         if data and data.startswith("minari:"):
             make = minari.load_dataset(data.removeprefix("minari:")).recover_environment
@@ -200,77 +202,6 @@ def simulator(env, data=None):
         return make
     except Exception as error:           # many types: dataset gone, no environment in it, package missing
         raise UserError(f"the environment of {data or env} cannot be made ({error})") from None
-
-# task -> directions tried and used, step, noise and survival bonus of the search, search steps per kept step
-SEARCH = {"hopper": (8, 4, 0.02, 0.025, 1.0, 1), "walker2d": (20, 10, 0.03, 0.025, 1.0, 3),
-          "halfcheetah": (8, 4, 0.02, 0.03, 0.0, 4)}
-
-def collect_standin(env, transitions=200_000, seed=0):
-    """Episodes of about `transitions` steps by Augmented Random Search V2-t (Mania, Guy, Recht 2018).
-
-    Of linear policies M (s - mean) / std. medium-replay: all that it tries; medium: its policy half way
-    in return; medium-expert: half that, half its best. Each a dict of arrays as Minari buffers them.
-    """
-    task, kind = env.split("-", 1)
-    directions, top, alpha, nu, bonus, factor = SEARCH[task]
-    rng, world, began = np.random.default_rng(seed), simulator(task)(), time.time()
-    world.reset(seed=seed)               # later resets go on from here
-    def play(M, mean, std, noise=0.0):
-        states, actions, rewards, end = [world.reset()[0]], [], [], [False]
-        while not any(end):              # end = [terminated, truncated]
-            action = M @ ((states[-1] - mean) / std) + (noise and noise * rng.normal(size=len(M)))
-            actions.append(np.clip(action, -1, 1).astype(np.float32))    # the one that acts is logged
-            state, reward, *end, _ = world.step(actions[-1])
-            states.append(state)
-            rewards.append(reward)
-        last = np.arange(len(rewards)) == len(rewards) - 1
-        return dict(observations=np.float32(states), actions=np.float32(actions), rewards=np.float32(rewards),
-                    terminations=last & end[0], truncations=last & (not end[0]))
-
-    M = np.zeros(world.action_space.shape + world.observation_space.shape)
-    mean, std, count, first, second, tried, updates = 0.0, 1.0, 0, 0.0, 0.0, [], []
-    while count < factor * transitions:
-        delta = rng.normal(size=(directions, *M.shape))
-        new = [play(M + nu * d, mean, std) for pair in delta for d in (pair, -pair)]
-        returns = np.array([e["rewards"].sum() for e in new])
-        tried, updates = tried + new, updates + [(returns.mean(), (M, mean, std))]
-        # standing still earns the survival bonus too: a search that counted it would learn to stand
-        gain = (returns - [bonus * len(e["rewards"]) for e in new]).reshape(-1, 2)      # r+, r-
-        used = np.argsort(gain.max(1))[-top:]
-        slope = np.tensordot(gain[used, 0] - gain[used, 1], delta[used], 1)
-        M = M + alpha / (top * gain[used].std()) * slope
-        s = np.concatenate([e["observations"] for e in new], dtype=float)
-        count, first, second = count + len(s), first + s.sum(0), second + (s * s).sum(0)
-        mean = first / count
-        std = np.sqrt(np.maximum(second / count - mean**2, 1e-8))
-        done = min(count / (factor * transitions), 1)
-        print(f"\rstand-in for {env}: {done:4.0%} of {factor * transitions:,} search steps, mean return "
-              f"{returns.mean():5.0f}, ETA {(1 / done - 1) * (time.time() - began):3.0f} s ", end="\n" * (done == 1), flush=True)
-    if kind == "medium-replay":          # evenly spaced whole episodes where the search took longer
-        kept = round(len(tried) * min(transitions / sum(len(e["rewards"]) for e in tried), 1))
-        return [tried[i] for i in np.linspace(0, len(tried) - 1, kept, dtype=int)]
-    top, expert = max(updates, key=lambda update: update[0])
-    _, medium = min(updates, key=lambda update: abs(update[0] - (updates[0][0] + top) / 2))
-    episodes, steps = [], 0
-    while steps < transitions:           # action noise, or all episodes would be nearly the same
-        late = kind == "medium-expert" and steps >= transitions / 2
-        episodes.append(play(*(expert if late else medium), noise=0.1))
-        steps += len(episodes[-1]["rewards"])
-    return episodes
-
-def make_standin(env, transitions=200_000):
-    """Id of the local Minari dataset that stands in for env's D4RL file, collected if it is missing."""
-    import minari
-    dataset_id, root = f"ractd/{env}-standin-v0", minari.storage.get_dataset_path()
-    if not (root / dataset_id).exists():
-        buffers = [minari.data_collector.EpisodeBuffer(**e) for e in collect_standin(env, transitions)]
-        # Minari writes in place, and half a dataset would pass for one: write aside, then rename
-        with tempfile.TemporaryDirectory(prefix=".ractd-", dir=root) as folder, \
-                warnings.catch_warnings(), unittest.mock.patch.dict(os.environ, MINARI_DATASETS_PATH=folder):
-            warnings.simplefilter("ignore")      # no author, no link: it stays local
-            minari.create_dataset_from_buffers(dataset_id, buffers, env=TASKS[env.split("-")[0]][0], algorithm_name="ARS V2-t")
-            os.renames(f"{folder}/{dataset_id}", root / dataset_id)
-    return dataset_id
 
 def read_hdf5(path, name, source):
     """A file in D4RL's layout: observations, actions, rewards, terminals, timeouts, one row a step."""
@@ -468,15 +399,15 @@ class UNet1d(nn.Module):
         embedding = self.embed(t[:, None] if k is None else torch.stack([t, k], dim=1))
         condition = self.condition(torch.cat([embedding, state], dim=1))
         films = iter(self.film(condition).split(self.sizes, dim=1))
-        h, skips = x.reshape(len(x), -1, self.patch * x.shape[2]), []            # (B, H / patch, patch A)
+        h, skips = x.reshape(x.shape[0], -1, self.patch * x.shape[2]), []        # (B, H / patch, patch A)
         for level, part in enumerate(self.down):
             for block in part:
                 h = block(h, next(films))
             if level < len(self.shrink):
                 skips.append(h)
-                h = self.shrink[level](h.reshape(len(h), h.shape[1] // 2, -1))
+                h = self.shrink[level](h.reshape(h.shape[0], h.shape[1] // 2, -1))
         for grow, part in zip(self.grow, self.up):
-            h = torch.cat([grow(h).reshape(len(h), 2 * h.shape[1], -1), skips.pop()], dim=2)
+            h = torch.cat([grow(h).reshape(h.shape[0], 2 * h.shape[1], -1), skips.pop()], dim=2)
             for block in part:
                 h = block(h, next(films))
         return self.out(h).reshape(x.shape)
@@ -522,7 +453,7 @@ def heun_step(denoiser, x, t, u):
 @torch.no_grad()
 def heun_sample(denoiser, x, sigmas):
     """Solve the ODE: x (B, H, A) at sigmas[0] -> (x at sigmas[-1], NFE = 2 (n - 1), 158 for 80 levels)."""
-    levels = sigmas.to(x)[:, None].expand(-1, len(x))                            # (n, B)
+    levels = sigmas.to(x)[:, None].expand(-1, x.shape[0])                       # (n, B)
     for t, u in zip(levels, levels[1:]):
         x = heun_step(denoiser, x, t, u)
     return x, 2 * (len(sigmas) - 1)
@@ -687,7 +618,7 @@ def student_sample(jump, noise, sigmas, nfe=1, init_noise=SIGMA_MAX, renoise=tor
     jump: callable (x, t, k) -> x; noise (B, H, A) ~ N(0, 1). A refinement restarts from fresh noise at
     grid index ceil(i n / nfe): for nfe = 3 and n = 80 at 27 and 54, sigma 12.0 and 0.885. -> (x, nfe)
     """
-    levels = sigmas.to(noise)[:, None].expand(-1, len(noise))                    # (n, B)
+    levels = sigmas.to(noise)[:, None].expand(-1, noise.shape[0])               # (n, B)
     x = jump(init_noise * noise, levels[0], levels[-1])
     for i in range(1, nfe):
         t = levels[min(-(-i * len(sigmas) // nfe), len(sigmas) - 1)]
@@ -746,6 +677,16 @@ def deferred_interrupt():
     finally:
         signal.signal(signal.SIGINT, handler)
 
+def train_step(net, average, optimizer, loss_fn, decay):
+    """One gradient step; `average` follows with that decay. -> {name: tensor}: losses, gradient norm."""
+    loss, info = loss_fn(net, average)
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
+    optimizer.step()
+    ema_update(average, net, decay)
+    return {"loss": loss.detach(), **info, "grad": norm}
+
 def fit(stage, net, loss_fn, run, meta, stop=()):
     """Train `net` for config.<stage>_steps, leaving <stage>.pt and lines in log.jsonl; resumes by itself.
 
@@ -773,14 +714,10 @@ def fit(stage, net, loss_fn, run, meta, stop=()):
     sums, mark, began, saved_at = {}, (time.time(), step), time.time(), time.time()
     while step < steps and not stop:
         optimizer.param_groups[0]["lr"] = lr * cosine(step, steps, warmup)
-        loss, info = loss_fn(net, average)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
-        optimizer.step()
-        ema_update(average, net, config.target_decay if stage == "student" else min(0.9999, 1 - (1 + step) ** -0.75))
+        decay = config.target_decay if stage == "student" else min(0.9999, 1 - (1 + step) ** -0.75)
+        info = train_step(net, average, optimizer, loss_fn, decay)
         step += 1
-        for name, value in {"loss": loss.detach(), **info, "grad": norm}.items():
+        for name, value in info.items():
             sums[name] = sums.get(name, 0) + value
         save = step == steps or stop or time.time() - saved_at > run.save_every
         if save or step % max(1, steps // 20) == 0:
@@ -842,20 +779,23 @@ class Policy:
         self.sigmas = karras_sigmas(saved.grid_points if self.student else config.teacher_points)
         self.nfe = config.nfe if self.student else 2 * (config.teacher_points - 1)
 
-    @torch.no_grad()
     def __call__(self, observations, generators):
         """observations (B, h, O) and one numpy Generator per row -> actions (B, H, A)."""
-        def noise(_=None):
-            return torch.tensor(np.stack([g.standard_normal(self.shape, np.float32) for g in generators]), device=self.device)
         observations = torch.tensor(observations, dtype=torch.float32, device=self.device)
+        return self.plan(observations, lambda _: torch.tensor(np.stack(
+            [g.standard_normal(self.shape, np.float32) for g in generators]), device=self.device)).cpu().numpy()
+
+    @torch.no_grad()
+    def plan(self, observations, noise):
+        """The same in torch: observations (B, h, O); noise: anything -> (B, H, A) ~ N(0, 1), fresh each time."""
         state = self.normalizer.encode("obs", observations).flatten(1)           # (B, h O)
         if self.student:
-            x, _ = student_sample(lambda x, t, k: student_jump(self.net, x, t, k, state), noise(),
+            x, _ = student_sample(lambda x, t, k: student_jump(self.net, x, t, k, state), noise(None),
                                   self.sigmas, self.nfe, self.config.init_noise, noise)
         else:
             x, _ = heun_sample(lambda x, t: denoise(self.net, x, t, state),
-                               self.config.init_noise * noise(), self.sigmas)
-        return self.normalizer.decode("action", x.clamp(-1, 1)).cpu().numpy()    # in the action box
+                               self.config.init_noise * noise(None), self.sigmas)
+        return self.normalizer.decode("action", x.clamp(-1, 1))                  # in the action box
 
 def evaluate(policy, make_env, episodes=20, first_seed=0, history=1, execute=1):
     """Closed-loop returns of `episodes` episodes in lockstep, one policy call for all still running.
@@ -904,7 +844,7 @@ class Pipeline:
     """The dataset and the three stages: each is loaded if it is there and trained if it is not."""
     def __init__(self, run):
         self.run, config, normalizer = run, run.config, None
-        dataset = load_dataset(run.env, run.data)
+        dataset = self.dataset = load_dataset(run.env, run.data)
         self.dims = [dataset.observations.shape[1], dataset.actions.shape[1]]
         env = simulator(run.env, run.data)()
         sizes = [math.prod(space.shape) for space in (env.observation_space, env.action_space)]
@@ -983,7 +923,7 @@ class Pipeline:
 
     def dry_run(self):
         """Five steps of every stage in a folder that is thrown away, and what the whole would take."""
-        run, saved, minutes, self.run.teacher, self.run.reward = self.run, {}, 0.0, None, None
+        run, saved, total, self.run.teacher, self.run.reward = self.run, {}, 0.0, None, None
         print(json.dumps(dataclasses.asdict(run.config), indent=2))
         with tempfile.TemporaryDirectory() as folder:
             run.out = Path(folder)
@@ -991,10 +931,10 @@ class Pipeline:
                 steps = getattr(run.config, f"{stage}_steps")
                 setattr(run.config, f"{stage}_steps", 5)
                 saved[stage] = self.obtain(stage, dict(saved) if stage == "student" else None)
-                rate = 60 * read_log(run.out)[-1]["steps_per_s"]                 # steps a minute
-                minutes += steps / rate
-                print(f"{stage}: {60 / rate:.3f} s a step, {steps:,} steps: {steps / rate:.1f} min")
-        print(f"estimated total: {minutes:.1f} min of training, then {run.config.episodes} episodes")
+                seconds = saved[stage]["seconds"] / 5        # the first step, always slow, included
+                total += steps * seconds / 60
+                print(f"{stage}: {seconds:.3f} s a step, {steps:,} steps: {steps * seconds / 60:.1f} min")
+        print(f"estimated total: {total:.1f} min of training, then {run.config.episodes} episodes")
 
 def plot_curves(out):
     """training.png: every logged loss of the three stages."""
@@ -1048,12 +988,16 @@ COMMANDS = {"data": "fetch or make the dataset and print what is in it",
             "teacher": "train the EDM diffusion teacher", "reward": "train the reward model (return-to-go)",
             "distill": "whatever of the above is missing, then the student, then its score",
             "evaluate": "act with a saved student or teacher"}
+TABLES = {"bench": "time per action and per training step (Table 4), into bench.json",
+          "ablate": "one of the paper's ablations (Table 5), into ablate_<what>.json and .png",
+          "plot": "returns of data, teacher, CTD and RACTD (Figure 3), score against time, training curves",
+          "export": "a saved policy as one file that torch loads without this program"}     # all in reproduce.py
 
 def build_parser():
     """One subparser per command; the hyperparameter flags are generated from Config."""
     parser = argparse.ArgumentParser(prog="ractd.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command, text in COMMANDS.items():
+    for command, text in (COMMANDS | TABLES).items():
         p = commands.add_parser(command, help=text, description=f"{text} [in brackets: the released value]", allow_abbrev=False)
         add = p.add_argument
         add("--env", help="one of " + ", ".join(ENVS) + "; optional with minari:ID")
@@ -1067,10 +1011,16 @@ def build_parser():
         add("--teacher", metavar="FILE", help="use a teacher trained elsewhere")
         add("--reward", metavar="FILE", help="use a reward model trained elsewhere")
         add("--retrain", choices=STAGES, action="append", default=[], help="train anew; the old file is kept")
-        if command not in ("data", "evaluate"):
+        if command in ("teacher", "reward", "distill"):
             add("--dry-run", action="store_true", help="five steps of each stage, thrown away, and the total time")
-        if command == "evaluate":
+        if command in ("evaluate", "export"):
             add("--model", choices=("student", "teacher"), default="student", help="who acts (default: student)")
+        if command == "evaluate":
+            add("--video", metavar="FILE.gif", help="draw the first episode, where MuJoCo can draw")
+        if command == "ablate":
+            add("--what", required=True, choices=("reward-stage", "reward-weight", "losses", "nfe", "init-noise"))
+        if command == "export":
+            add("file", nargs="?", help="file to write (default: <out>/policy.pt2)")
         for f in dataclasses.fields(Config):
             many, choices = dict(nargs="+", type=int) if f.type is tuple else dict(type=f.type), f.metadata["choices"]
             add("--" + f.name.replace("_", "-"), dest="config_" + f.name, choices=choices, **many,
@@ -1083,7 +1033,7 @@ def resolve(run):
     run.given = {key.removeprefix("config_"): tuple(value) if isinstance(value, list) else value
                  for key, value in vars(run).items() if key.startswith("config_") and value is not None}
     config = run.config = Config(**{**PRESETS[run.preset], **run.given})
-    if run.command != "evaluate":        # there the saved model brings its own
+    if run.command not in ("evaluate", "export"):        # there the saved model brings its own
         config.check()
     if not run.env and run.data.startswith("minari:"):
         run.env = run.data.removeprefix("minari:")
@@ -1110,8 +1060,8 @@ def distill(run):
     saved["student"] = pipeline.obtain("student", dict(saved))
     assess(run, saved, "student", "metrics.json")
 
-def evaluate_saved(run):
-    """`evaluate`: the saved model brings its configuration, the command line how to act with it."""
+def recall(run):
+    """The checkpoint that --model names: it brings its configuration, the command line how to act with it."""
     path = getattr(run, run.model, None) or run.out / f"{run.model}.pt"
     saved, asked = load_checkpoint(path, run.model, run.device), run.config
     if saved["dataset"]["source"] == "minari":       # acts where its data came from
@@ -1124,7 +1074,7 @@ def evaluate_saved(run):
         pairs.append((name, getattr(run.config, name), value))
     refuse(path, pairs, "no such flag, or another --out")
     run.config.check()
-    assess(run, {run.model: saved}, run.model, "evaluate_{method}_nfe{nfe}_noise{init_noise:g}_from{seeds[0]}_n{episodes}.json")
+    return saved
 
 def main(argv=None):
     """The command line. Returns the exit code: 0, 2 for something to put right, 130 for Ctrl-C."""
@@ -1134,17 +1084,26 @@ def main(argv=None):
         if run.command == "data":
             print(load_dataset(run.env, run.data))
         elif run.command == "evaluate":
-            evaluate_saved(run)
+            saved = recall(run)
+            assess(run, {run.model: saved}, run.model,
+                   "evaluate_{method}_nfe{nfe}_noise{init_noise:g}_from{seeds[0]}_n{episodes}.json")
+            if run.video:
+                import reproduce
+                reproduce.video(run, saved)
+        elif run.command in TABLES:
+            import reproduce
+            getattr(reproduce, run.command)(run)
         elif run.command in ("teacher", "reward") and not run.dry_run:
             Pipeline(run).obtain(run.command)
         else:
             distill(run)
-    except (UserError, OSError) as error:
-        print("ractd.py:", error, "" if type(error) is UserError else f"(in {run.out}; nothing saved is lost)", file=sys.stderr)
+    except (UserError, OSError, ImportError) as error:
+        print("ractd.py:", error, f"(in {run.out}; nothing saved is lost)" * isinstance(error, OSError), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
 
 if __name__ == "__main__":
+    sys.modules["ractd"] = sys.modules["__main__"]       # reproduce.py imports this very module
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Tests of ractd.py against oracles: python -m pytest -q test_ractd.py. Offline, about a minute."""
+"""Tests of ractd.py and reproduce.py against oracles: python -m pytest -q test_ractd.py. Offline, two minutes."""
 
 import hashlib
 import http.server
@@ -27,6 +27,7 @@ from gymnasium.spaces import Box
 from minari.data_collector import EpisodeBuffer
 
 import ractd
+import reproduce
 from ractd import Config, UNet1d, denoise, expand
 
 torch.set_num_threads(1)
@@ -488,7 +489,7 @@ def test_a_cached_file_that_is_not_the_published_one_is_refused_and_left_alone(s
     (ENV, 11, 3), ("hopper-medium", 11, 3), ("hopper-medium-expert", 11, 3),
     ("walker2d-medium-replay", 17, 6), ("halfcheetah-medium-expert", 17, 6)])
 def test_the_stand_in_is_deterministic_and_well_formed(env, o, a):
-    one, two, other = (ractd.collect_standin(env, 2000, seed) for seed in (1, 1, 2))
+    one, two, other = (reproduce.collect_standin(env, 2000, seed) for seed in (1, 1, 2))
     assert all(np.array_equal(x[key], y[key]) for x, y in zip(one, two, strict=True) for key in x)
     assert not np.array_equal(one[0]["actions"], other[0]["actions"])
     assert 1500 < sum(len(e["rewards"]) for e in one) < 4500
@@ -504,17 +505,17 @@ def test_without_a_network_a_stand_in_is_made_once_and_an_interrupt_leaves_nothi
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(minari, "create_dataset_from_buffers", lambda *args, **kwargs: (
             create(*args, **kwargs), signal.raise_signal(signal.SIGINT)))
-        ractd.make_standin(ENV, 2000)
+        reproduce.make_standin(ENV, 2000)
     assert not list((tmp_path / "MINARI_DATASETS_PATH").rglob("*.hdf5"))
-    ractd.make_standin(ENV, 2000)
-    monkeypatch.setattr(ractd, "collect_standin", None)
+    reproduce.make_standin(ENV, 2000)
+    monkeypatch.setattr(reproduce, "collect_standin", None)
     assert cli("data") == 0
     assert "cannot be downloaded" in (out := capsys.readouterr().out) and "(stand-in: NOT" in out
     assert not list((tmp_path / "D4RL_DATASET_DIR").iterdir())
 
 def test_a_minari_dataset_is_distilled_and_acts_in_the_environment_that_it_recovers(
         monkeypatch, capsys):
-    data = "--data=minari:" + ractd.make_standin(ENV, 2000)
+    data = "--data=minari:" + reproduce.make_standin(ENV, 2000)
     assert ractd.main(["distill", data, *FLAGS]) == 0
     monkeypatch.setattr(ractd, "TASKS", {})                  # no other way to the environment
     out = next(Path("runs").glob("ractd*"))
@@ -693,6 +694,142 @@ def test_a_return_does_not_depend_on_how_many_episodes_run_beside_it(trained):
     ("mujoco/pusher/expert-v0", 1.0, math.nan)])
 def test_normalized_score_has_d4rls_reference_points(env, value, score):
     assert ractd.normalized_score(env, value) == pytest.approx(score, nan_ok=True)
+
+# ---- reproduce.py: tables, figures, export ---------------------------------------------------------
+
+def test_the_bound_of_a_student_step_is_the_eight_passes_that_its_losses_need():
+    teacher, target = (ractd.frozen(network(i, two_levels=i > 0)) for i in range(2))
+    student, R, calls = network(2, True), ractd.frozen(ractd.RewardModel(3, 2)), []
+    state, x0 = torch.randn(4, 3), torch.randn(4, 8, 2)
+    repeat = reproduce.network_passes(lambda: ractd.distillation_loss(
+        student, target, teacher, R, state, x0, Config(grid_points=6)))
+    for net in (teacher, target, student, R):
+        net.register_forward_pre_hook(lambda net, inputs: calls.append(
+            (net, len(inputs[0]), inputs[0].requires_grad, torch.is_grad_enabled())))
+    repeat()
+    assert calls == [
+        (teacher, 4, False, False), (teacher, 4, False, False),  # Eq. 6: one Heun step
+        (target, 4, False, False),                               # Eq. 6: u -> k
+        (student, 12, False, True),                              # Eqs. 5, 7, 8 in one
+        (target, 4, False, False), (target, 4, True, True),      # Eq. 5: k -> 0, both sides
+        (R, 4, False, True), (teacher, 4, False, False)]         # Eq. 8 (state first), the anchor
+    assert all(p.grad.abs().sum() > 0 for p in student.parameters())
+    assert not [p for net in (teacher, target, R) for p in net.parameters() if p.grad is not None]
+
+def test_times_are_medians_of_calls_that_take_turns():
+    order, calls = [], {"slow": lambda: order.append("slow") or time.sleep(0.03),
+                        "fast": lambda: order.append("fast") or time.sleep(0.002)}
+    times = reproduce.in_turns(calls, turns=4)
+    assert 30 <= times["slow"][0] < 60 and 2 <= times["fast"][0] < 15
+    assert times["slow"][1] >= 0 and order[4:].count("slow") == 4 < order[4:].count("fast")
+    assert [x for i, x in enumerate(order[4:]) if x != order[3 + i]] == ["slow", "fast"] * 4
+
+def test_bench_writes_every_promised_number(run, monkeypatch):
+    out, flags = run
+    monkeypatch.setattr(reproduce, "in_turns", lambda calls, turns=1, real=reproduce.in_turns: real(calls, 2, 0))
+    assert cli("bench", *flags) == 0
+    bench = json.loads((out / "bench.json").read_text())
+    samplers = {"teacher_80": 158, "teacher_20": 38, "teacher_10": 18, "student_1": 1, "student_2": 2, "student_4": 4}
+    assert bench["calls"] == samplers and bench["score"].keys() == bench["action_ms"].keys() == samplers.keys()
+    assert bench["score"]["student_1"][0] == pytest.approx(
+        json.loads((out / "metrics.json").read_text())["normalized_score_mean"])
+    assert bench["action_ms"]["teacher_80"] > 10 * bench["action_ms"]["student_1"] == 10 * bench["policy_ms"]
+    assert bench["forward_ms"].keys() == {"teacher", "student"} and bench["forward_ms"]["student"] < bench["policy_ms"]
+    for stage in ractd.STAGES:
+        assert 0 < bench["train"][stage]["network_share"] < 1.2 and bench["train"][stage]["steps_per_s"] > 0
+    assert min(bench["eval"]["simulator_s"], bench["eval"]["network_s"]) > 0 and bench["peak_memory_mb"] > 50
+    assert bench["device"] and bench["versions"]["torch"] == torch.__version__
+
+def test_an_ablation_trains_each_row_as_it_says_and_never_twice(run, monkeypatch, capsys):
+    out, flags = run
+    assert cli("ablate", *flags, "--what=losses") == 0
+    first = json.loads((out / "ablate_losses.json").read_text())
+    for row in first["rows"]:
+        name = "-".join(f"{key}={value}" for key, value in row["changes"].items())
+        folder = out / "variants" / name if name else out
+        saved = torch.load(folder / "student.pt")
+        assert all(saved["config"][key] == value for key, value in row["changes"].items())
+        assert saved["depends"]["teacher_id"] == torch.load(out / "teacher.pt")["id"]
+    assert len({torch.load(path)["id"] for path in out.rglob("student.pt")}) == 7
+    table = capsys.readouterr().out
+    assert "without DSM" in table and "1.5" in table and "109.5" in table
+    monkeypatch.setattr(ractd, "fit", None)
+    monkeypatch.setattr(ractd, "evaluate", None)
+    assert cli("ablate", *flags, "--what=losses") == 0
+    assert json.loads((out / "ablate_losses.json").read_text()) == first
+    assert (out / "ablate_losses.png").read_bytes()[:4] == b"\x89PNG"
+
+@pytest.mark.parametrize("what, calls", [("nfe", [1, 2, 4]), ("init-noise", [4] * 4 + [1] * 4)])
+def test_an_ablation_of_acting_trains_nothing(run, monkeypatch, what, calls):
+    out, flags = run
+    monkeypatch.setattr(ractd, "fit", None)
+    assert cli("ablate", *flags, f"--what={what}") == 0
+    rows = json.loads((out / f"ablate_{what}.json").read_text())["rows"]
+    assert [row["nfe"] for row in rows] == calls
+    assert rows[calls.index(1)]["returns"] == returns(out)
+
+def test_the_reward_teacher_plans_what_the_reward_model_likes_better(run):
+    out, flags = run
+    flags = [*flags, "--student-lr=0.01", "--student-warmup=1", "--reward-weight=5", "--retrain=student"]
+    assert cli("ablate", *flags, "--what=reward-stage") == 0
+    tuned, = (out / "variants").glob("reward-teacher-*")
+    assert len(list(tuned.rglob("student.pt"))) == 2 and len(list(out.rglob("student.pt"))) == 4
+    checkpoints = [ractd.load_checkpoint(folder / "teacher.pt", "teacher", "cpu") for folder in (out, tuned)]
+    R = ractd.load_reward_model(ractd.load_checkpoint(out / "reward.pt", "reward", "cpu"),
+                                ractd.Normalizer(checkpoints[0]["normalizer"]), "cpu")
+    state, noise = torch.rand(64, 11) - 0.5, torch.randn(64, 8, 3)
+    plain, better = (R(state, denoise(ractd.Policy(c, Config()).net, noise, torch.ones(64), state)[:, 0].clamp(-1, 1)).mean()
+                     for c in checkpoints)
+    assert better > plain + 0.01
+
+def test_plot_draws_three_pictures_once_bench_has_scores(run, capsys):
+    out, flags = run
+    assert cli("plot", *flags) == 0 and "first give: bench" in capsys.readouterr().out
+    (out / "bench.json").write_text(json.dumps(dict(
+        score={"teacher_80": [5.0, 1.0, "return"], "student_1": [7.0, 1.0, "return"]}, episodes=3, device="d",
+        action_ms={"teacher_80": 100.0, "student_1": 1.0}, calls={"teacher_80": 158, "student_1": 1})))
+    assert cli("plot", *flags) == 0
+    assert all((out / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("returns", "speed", "training"))
+
+@pytest.mark.parametrize("how", [[], ["--nfe=2", "--init-noise=80"], ["--model=teacher"]])
+def test_an_exported_policy_acts_the_same_without_this_program(run, tmp_path, how):
+    out, _ = run
+    assert cli("export", f"--out={out}", *how, "policy.pt2") == 0
+    observations = torch.randn(5, 1, 11)
+    torch.save(observations, "observations.pt")
+    code = """import torch; torch.manual_seed(3)
+policy = torch.export.load("policy.pt2").module()
+torch.save(policy(torch.load("observations.pt")), "actions.pt")"""
+    subprocess.run([sys.executable, "-I", "-c", code], check=True)         # -I: no ractd.py on its path
+    first, chunk = torch.load("actions.pt")
+    stage = "teacher" if "--model=teacher" in how else "student"
+    policy = ractd.Policy(ractd.load_checkpoint(out / f"{stage}.pt", stage, "cpu"), Config(
+        teacher_points=3, **dict(nfe=2, init_noise=80.0) if "--nfe=2" in how else {}))
+    torch.manual_seed(3)
+    expected = policy.plan(observations, lambda _: torch.randn(5, 8, 3))
+    assert torch.allclose(chunk, expected, atol=1e-5) and torch.equal(first, chunk[:, 0])
+
+def test_a_video_is_the_first_episode_or_a_sentence(run, monkeypatch, capsys):
+    from gymnasium.envs.mujoco import MujocoEnv
+    from PIL import Image
+    frames = []
+    monkeypatch.setattr(MujocoEnv, "render", lambda self: frames.append(1) or np.full((240, 240, 3), len(frames), np.uint8))
+    assert cli("evaluate", f"--out={run[0]}", "--episodes=2", "--video=a.gif") == 0
+    length = json.loads((run[0] / "metrics.json").read_text())["lengths"][0]
+    with Image.open("a.gif") as gif:
+        assert gif.n_frames == math.ceil((length + 1) / 4)               # 125 frames a second, every fourth
+    monkeypatch.setattr(MujocoEnv, "render", lambda self: 1 / 0)
+    capsys.readouterr()
+    refused(capsys, cli("evaluate", f"--out={run[0]}", "--episodes=2", "--video=b.gif"), "MUJOCO_GL")
+
+def test_ractd_needs_no_other_file_to_train_and_act(trained, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    script = shutil.copy(SCRIPT, tmp_path / "ractd.py")
+    run = lambda *args: subprocess.run([sys.executable, script, *args, f"--env={ENV}", f"--data={trained[1]}", "--out=alone",  # noqa: E731
+                                        *FLAGS], text=True, capture_output=True)
+    assert run("distill").returncode == 0 and same_weights("alone/student.pt", trained[0] / "student.pt")
+    failed = run("bench")
+    assert failed.returncode == 2 and "reproduce" in failed.stderr and "Traceback" not in failed.stderr
 
 # ---- every bad input is one sentence and exit code 2 ---------------------------------------------
 
