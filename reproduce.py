@@ -10,15 +10,17 @@
 bench, ablate and plot first train what is missing, as `distill` does; what is finished is not repeated.
 """
 
-import copy, dataclasses, importlib.metadata, json, os, platform, resource, tempfile, time, unittest.mock, warnings  # noqa: E401
+import copy, dataclasses, importlib.metadata, json, os, platform, resource, tempfile  # noqa: E401
+import time, unittest.mock, warnings  # noqa: E401
 from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
 from ractd import (
-    STAGES, TASKS, Config, Pipeline, Policy, RewardModel, UNet1d, UserError, assess, deferred_interrupt, denoise,
-    edm_loss, episode_begins, evaluate, fit, frozen, load_checkpoint, load_reward_model, lognormal_levels, make_unet,
-    normalized_score, plot_curves, recall, replacing, reward_loss, simulator, train_step)
+    STAGES, TASKS, Config, Pipeline, Policy, RewardModel, UNet1d, UserError, assess, deferred_interrupt,
+    denoise, edm_loss, episode_begins, evaluate, fit, frozen, load_checkpoint, load_reward_model,
+    lognormal_levels, make_unet, normalized_score, plot_curves, recall, replacing, reward_loss, simulator,
+    train_step)
 
 # ---- 1. Stand-in data: the same simulator, searched by linear policies ---------------------------------
 # task -> directions tried and used, step, noise and survival bonus of the search, search steps per kept step
@@ -57,14 +59,16 @@ def collect_standin(env, transitions=200_000, seed=0):
         # standing still earns the survival bonus too: a search that counted it would learn to stand
         gain = (returns - [bonus * len(e["rewards"]) for e in new]).reshape(-1, 2)      # r+, r-
         used = np.argsort(gain.max(1))[-top:]
-        M = M + alpha / (top * gain[used].std()) * np.tensordot(gain[used, 0] - gain[used, 1], delta[used], 1)
+        slope = np.tensordot(gain[used, 0] - gain[used, 1], delta[used], 1)
+        M = M + alpha / (top * gain[used].std()) * slope
         s = np.concatenate([e["observations"] for e in new], dtype=float)
         count, first, second = count + len(s), first + s.sum(0), second + (s * s).sum(0)
         mean = first / count
         std = np.sqrt(np.maximum(second / count - mean**2, 1e-8))
         done = min(count / (factor * transitions), 1)
         print(f"\rstand-in for {env}: {done:4.0%} of {factor * transitions:,} search steps, mean return "
-              f"{returns.mean():5.0f}, ETA {(1 / done - 1) * (time.time() - began):3.0f} s ", end="\n" * (done == 1), flush=True)
+              f"{returns.mean():5.0f}, ETA {(1 / done - 1) * (time.time() - began):3.0f} s ",
+              end="\n" * (done == 1), flush=True)
     if kind == "medium-replay":          # evenly spaced whole episodes where the search took longer
         kept = round(len(tried) * min(transitions / sum(len(e["rewards"]) for e in tried), 1))
         return [tried[i] for i in np.linspace(0, len(tried) - 1, kept, dtype=int)]
@@ -87,7 +91,8 @@ def make_standin(env, transitions=200_000):
         with tempfile.TemporaryDirectory(prefix=".ractd-", dir=root) as folder, \
                 warnings.catch_warnings(), unittest.mock.patch.dict(os.environ, MINARI_DATASETS_PATH=folder):
             warnings.simplefilter("ignore")      # no author, no link: it stays local
-            minari.create_dataset_from_buffers(dataset_id, buffers, env=TASKS[env.split("-")[0]][0], algorithm_name="ARS V2-t")
+            minari.create_dataset_from_buffers(dataset_id, buffers, env=TASKS[env.split("-")[0]][0],
+                                               algorithm_name="ARS V2-t")
             os.renames(f"{folder}/{dataset_id}", root / dataset_id)
     return dataset_id
 
@@ -201,8 +206,9 @@ def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    names = [x.split(":")[1].strip() for x in (info.read_text().splitlines() if info.exists() else ()) if x.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, threads: {torch.get_num_threads()}"
 
 def bench(run):
     """`bench`: time per action of every sampler, training speed, evaluation split, memory -> bench.json."""
@@ -211,7 +217,8 @@ def bench(run):
     policies = {name: Policy(saved[actor], dataclasses.replace(config, **how), run.device)
                 for name, (actor, how) in SAMPLERS.items()}
     first = pipeline.dataset.observations[0]
-    observations, generators = np.tile(first, (128, config.history, 1)), [np.random.default_rng(i) for i in range(128)]
+    observations = np.tile(first, (128, config.history, 1))
+    generators = [np.random.default_rng(i) for i in range(128)]
     x, level = torch.zeros(1, *policies["student_1"].shape, device=run.device), torch.ones(1, device=run.device)
     state = torch.tensor(observations[:1], device=run.device).flatten(1)
     print("time per action", flush=True)
@@ -228,26 +235,28 @@ def bench(run):
         results[name] = evaluate(policies[name], simulator(run.env, run.data), config.episodes, config.first_seed,
                                  config.history, config.execute)
     scores = {name: points(run.env, result["returns"]) for name, result in results.items()}
-    cuda = run.device.type == "cuda"
     result = dict(
         env=run.env, dataset=saved["student"]["dataset"], episodes=config.episodes, first_seed=config.first_seed,
-        action_ms={name: one[name][0] for name in SAMPLERS}, action_ms_iqr={name: one[name][1] for name in SAMPLERS},
+        action_ms={name: one[name][0] for name in SAMPLERS},
+        action_ms_iqr={name: one[name][1] for name in SAMPLERS},
         action_ms_of_batch_128={name: many[name][0] for name in SAMPLERS},
-        calls={name: p.nfe for name, p in policies.items()}, score=scores,
-        forward_ms={name: one[name][0] for name in ("teacher", "student")}, policy_ms=one["student_1"][0], train=train,
-        eval={key: results["student_1"][key] for key in ("simulator_s", "network_s")},
+        calls={name: policy.nfe for name, policy in policies.items()}, score=scores,
+        forward_ms={name: one[name][0] for name in ("teacher", "student")}, policy_ms=one["student_1"][0],
+        train=train, eval={key: results["student_1"][key] for key in ("simulator_s", "network_s")},
         peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,      # Linux counts in KiB
-        peak_cuda_mb=torch.cuda.max_memory_allocated() / 2**20 if cuda else None, device=device_name(run.device),
+        peak_cuda_mb=torch.cuda.max_memory_allocated() / 2**20 if run.device.type == "cuda" else None,
+        device=device_name(run.device),
         versions={name: importlib.metadata.version(name) for name in ("torch", "numpy", "mujoco")})
     write_json(run.out / "bench.json", result)
-    print(f"\n{run.env}, {result['device']}\n{'':12}calls  ms/action  +- IQR  of teacher_80  ms/action, 128 at once  score")
-    for name, p in policies.items():
+
+    print(f"\n{run.env}, {result['device']}\n{'':12}calls  ms/action  +- IQR  of teacher_80  ms/action in 128  score")
+    for name, policy in policies.items():
         told = "{:7.1f} +- {:.1f}".format(*scores[name]) if name in scores else ""
-        print(f"{name:12}{p.nfe:5}{one[name][0]:11.2f}{one[name][1]:8.2f}{one['teacher_80'][0] / one[name][0]:9.1f}x less"
-              f"{many[name][0] / 128:24.3f}{told}")
-    forward = result["forward_ms"]
-    print(f"bare network call: teacher {forward['teacher']:.2f} ms, student {forward['student']:.2f} ms (ratio "
-          f"{forward['student'] / forward['teacher']:.2f}); student's policy call {result['policy_ms'] / forward['student']:.2f} of it")
+        print(f"{name:12}{policy.nfe:5}{one[name][0]:11.2f}{one[name][1]:8.2f}"
+              f"{one['teacher_80'][0] / one[name][0]:9.1f}x less{many[name][0] / 128:18.3f}{told}")
+    teacher, student = result["forward_ms"].values()
+    print(f"bare network call: teacher {teacher:.2f} ms, student {student:.2f} ms, ratio {student / teacher:.2f}; "
+          f"policy call {result['policy_ms'] / student:.2f} of the student's")
     for stage, t in train.items():
         print(f"{stage:8}{t['parameters']:12,} parameters, batch {t['batch']}: {t['steps_per_s']:6.1f} steps/s, "
               f"{t['network_share']:.2f} of a step in network passes")
@@ -319,8 +328,8 @@ def ablate(run):
         else:
             metrics = score(*variant(here, saved, changes))
         mean, sem, unit = points(run.env, metrics["returns"])
-        rows.append(dict(label=label, changes=changes, nfe=metrics["nfe"], score=mean, sem=sem, unit=unit, paper=paper,
-                         returns=metrics["returns"]))
+        rows.append(dict(label=label, changes=changes, nfe=metrics["nfe"], score=mean, sem=sem, unit=unit,
+                         paper=paper, returns=metrics["returns"]))
     data, path = shared["teacher"]["dataset"], run.out / f"ablate_{run.what}.json"
     title = (f"{run.what}: {run.env} on {data['name']} ({data['source']})\n"
              f"{config.episodes} episodes from seed {config.first_seed}, training seed {config.seed}")
@@ -334,7 +343,8 @@ def ablate(run):
               color=COLORS["RACTD"], height=0.6)
     if given := [(row["paper"], row["label"]) for row in rows if row["paper"] and unit != "return"]:
         axis.scatter(*zip(*given), marker="D", color=COLORS["CTD"], zorder=3, label=PAPER)
-    axis.axvline(points(run.env, [data["return_mean"]])[0], color=COLORS["data"], linestyle="--", label="mean of the data")
+    axis.axvline(points(run.env, [data["return_mean"]])[0], color=COLORS["data"], linestyle="--",
+                 label="mean of the data")
     axis.invert_yaxis()
     axis.set_xlabel(unit)
     figure.legend(fontsize=7, loc="outside lower center", ncols=2)
@@ -351,7 +361,7 @@ def plot(run):
                "CTD": score(*variant(pipeline, shared, dict(reward_weight=0.0))),
                "RACTD": score(*variant(pipeline, shared, {}))}
     rows = [("data", f"data: {len(data.ends):,} episodes", np.add.reduceat(data.rewards, episode_begins(data.ends)))]
-    rows += [(name, f"{name}: {n} episodes, {m['nfe']} network call{'s' * (m['nfe'] > 1)} per action", m["returns"])
+    rows += [(name, f"{name}: {n} episodes, {m['nfe']} network call(s) per action", m["returns"])
              for name, m in results.items()]
     bins = np.histogram_bin_edges(np.concatenate([returns for *_, returns in rows]), 40)
     figure, axes = canvas(4.5, 5, f"{run.env}, {data.source}", nrows=len(rows), sharex=True)
@@ -406,16 +416,16 @@ def video(run, saved):
     """`evaluate --video`: the first episode as a GIF in real time."""
     from gymnasium.wrappers import RenderCollection
     from PIL import Image
+    policy, make_env = Policy(saved, run.config, run.device), simulator(run.env, run.data)
     try:
-        env = RenderCollection(simulator(run.env, run.data)(render_mode="rgb_array", width=240, height=240), pop_frames=False)
-        policy = Policy(saved, run.config, run.device)
+        env = RenderCollection(make_env(render_mode="rgb_array", width=240, height=240), pop_frames=False)
         evaluate(policy, lambda: env, 1, run.config.first_seed, run.config.history, run.config.execute)
         frames = env.render()
     except Exception as error:           # many types, according to what of OpenGL is missing
-        raise UserError(f"MuJoCo cannot draw here ({type(error).__name__}: {error}): set MUJOCO_GL=egl with a graphics "
-                        "driver, or MUJOCO_GL=osmesa after `apt install libosmesa6`") from None
+        raise UserError(f"MuJoCo cannot draw here ({type(error).__name__}: {error}); set MUJOCO_GL=egl where "
+                        "there is a graphics driver, MUJOCO_GL=osmesa after `apt install libosmesa6`") from None
     fps = env.metadata["render_fps"]
     skip = max(1, round(fps / 30))
-    images = [Image.fromarray(frame) for frame in frames[::skip]]
-    images[0].save(run.video, save_all=True, append_images=images[1:], duration=1000 * skip / fps, loop=0)
-    print(f"{run.video}: {len(frames)} steps")
+    first, *others = [Image.fromarray(frame) for frame in frames[::skip]]
+    first.save(run.video, save_all=True, append_images=others, duration=1000 * skip / fps, loop=0)
+    print(f"{run.video}: an episode of {len(frames) - 1} steps")
