@@ -22,8 +22,8 @@ Sections 3-6 are the method: torch and the constants at the top. README.md: wher
 reproduce.py: stand-in data for machines without a network, and the paper's tables and figures.
 """
 
-import argparse, copy, dataclasses, datetime, difflib, hashlib, importlib.metadata, io, json, math  # noqa: E401
-import os, signal, socket, subprocess, sys, tempfile, time, urllib.error  # noqa: E401
+import argparse, copy, dataclasses, datetime, difflib, hashlib, http.client, importlib.metadata, io, json  # noqa: E401
+import math, os, signal, socket, subprocess, sys, tempfile, time, urllib.error  # noqa: E401
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
@@ -182,7 +182,7 @@ def fetch_d4rl(env):
         folder.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(D4RL_URL + path.name, str(path), hash_prefix=sha256)
         return path
-    except (RuntimeError, ConnectionError, TimeoutError) as error:   # torch's word for a wrong hash; cut off
+    except (RuntimeError, ConnectionError, TimeoutError, http.client.HTTPException) as error:  # RuntimeError: wrong hash
         raise UserError(f"the download of {path.name} broke off or is not the published file ({error}); give "
                         "the same command again, or pass --data standin") from None
     except urllib.error.URLError as error:           # no network, in all its forms
@@ -453,7 +453,7 @@ def heun_step(denoiser, x, t, u):
 @torch.no_grad()
 def heun_sample(denoiser, x, sigmas):
     """Solve the ODE: x (B, H, A) at sigmas[0] -> (x at sigmas[-1], NFE = 2 (n - 1), 158 for 80 levels)."""
-    levels = sigmas.to(x)[:, None].expand(-1, x.shape[0])                       # (n, B)
+    levels = sigmas.to(x)[:, None].expand(-1, x.shape[0])                        # (n, B)
     for t, u in zip(levels, levels[1:]):
         x = heun_step(denoiser, x, t, u)
     return x, 2 * (len(sigmas) - 1)
@@ -618,7 +618,7 @@ def student_sample(jump, noise, sigmas, nfe=1, init_noise=SIGMA_MAX, renoise=tor
     jump: callable (x, t, k) -> x; noise (B, H, A) ~ N(0, 1). A refinement restarts from fresh noise at
     grid index ceil(i n / nfe): for nfe = 3 and n = 80 at 27 and 54, sigma 12.0 and 0.885. -> (x, nfe)
     """
-    levels = sigmas.to(noise)[:, None].expand(-1, noise.shape[0])               # (n, B)
+    levels = sigmas.to(noise)[:, None].expand(-1, noise.shape[0])                # (n, B)
     x = jump(init_noise * noise, levels[0], levels[-1])
     for i in range(1, nfe):
         t = levels[min(-(-i * len(sigmas) // nfe), len(sigmas) - 1)]
@@ -931,9 +931,9 @@ class Pipeline:
                 steps = getattr(run.config, f"{stage}_steps")
                 setattr(run.config, f"{stage}_steps", 5)
                 saved[stage] = self.obtain(stage, dict(saved) if stage == "student" else None)
-                seconds = saved[stage]["seconds"] / 5        # the first step, always slow, included
-                total += steps * seconds / 60
-                print(f"{stage}: {seconds:.3f} s a step, {steps:,} steps: {steps * seconds / 60:.1f} min")
+                rate = 60 * np.median([row["steps_per_s"] for row in read_log(run.out)[-4:]])  # a minute; not the first
+                total += steps / rate
+                print(f"{stage}: {60 / rate:.3f} s a step, {steps:,} steps: {steps / rate:.1f} min")
         print(f"estimated total: {total:.1f} min of training, then {run.config.episodes} episodes")
 
 def plot_curves(out):

@@ -451,6 +451,8 @@ def server(monkeypatch, tmp_path):
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            if state.mode == "garbled":
+                return self.wfile.write(b"no HTTP\r\n\r\n")
             self.send_response(200 if self.path == f"/{cache.name}" else 404)
             self.send_header("Content-Length", str(len(content) + 999 * (state.mode in ("broken", "silent"))))
             self.end_headers()
@@ -472,7 +474,7 @@ def test_the_default_data_are_downloaded_checked_and_cached(server, capsys):
     server.mode = "wrong"                                    # a second download would fail
     assert cli("data") == 0 and "(D4RL)" in capsys.readouterr().out
 
-@pytest.mark.parametrize("mode", ["broken", "silent", "wrong"])
+@pytest.mark.parametrize("mode", ["broken", "silent", "wrong", "garbled"])
 def test_a_failed_download_says_so_and_leaves_nothing_behind(server, mode, monkeypatch, capsys):
     server.mode, wait = mode, socket.setdefaulttimeout
     monkeypatch.setattr(socket, "setdefaulttimeout", lambda _: wait(0.5))    # not 20 seconds
@@ -720,7 +722,7 @@ def test_times_are_medians_of_calls_that_take_turns():
     order, calls = [], {"slow": lambda: order.append("slow") or time.sleep(0.03),
                         "fast": lambda: order.append("fast") or time.sleep(0.002)}
     times = reproduce.in_turns(calls, turns=4)
-    assert 30 <= times["slow"][0] < 60 and 2 <= times["fast"][0] < 15
+    assert 30 <= times["slow"][0] < 90 and 2 <= times["fast"][0] < 15
     assert times["slow"][1] >= 0 and order[4:].count("slow") == 4 < order[4:].count("fast")
     assert [x for i, x in enumerate(order[4:]) if x != order[3 + i]] == ["slow", "fast"] * 4
 
@@ -797,8 +799,8 @@ def test_an_exported_policy_acts_the_same_without_this_program(run, tmp_path, ho
     assert cli("export", f"--out={out}", *how, "policy.pt2") == 0
     observations = torch.randn(5, 1, 11)
     torch.save(observations, "observations.pt")
-    code = """import torch; torch.manual_seed(3)
-policy = torch.export.load("policy.pt2").module()
+    code = next(block for block in (SCRIPT.parent / "README.md").read_text().split("```") if "torch.export.load" in block)
+    code = code.removeprefix("python") + """torch.manual_seed(3)
 torch.save(policy(torch.load("observations.pt")), "actions.pt")"""
     subprocess.run([sys.executable, "-I", "-c", code], check=True)         # -I: no ractd.py on its path
     first, chunk = torch.load("actions.pt")
