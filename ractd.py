@@ -808,8 +808,11 @@ def evaluate(policy, make_env, episodes=20, first_seed=0, history=1, execute=1):
     pasts = [[env.reset(seed=first_seed + i)[0]] * history for i, env in enumerate(envs)]
     generators = [np.random.default_rng(first_seed + i) for i in range(episodes)]
     returns, lengths, running = np.zeros(episodes), np.zeros(episodes, int), list(range(episodes))
-    network_s, began = 0.0, time.perf_counter()
+    network_s, began, told = 0.0, time.perf_counter(), time.perf_counter()
     while running:
+        if time.perf_counter() > told + 10:
+            told = time.perf_counter()
+            print(f"step {lengths.max()}: {len(running)} of {episodes} episodes go on", flush=True)
         asked, spare = time.perf_counter(), -len(running) % 16   # other batch sizes may round differently
         plans = policy(np.array([pasts[i] for i in running + running[:1] * spare]),
                        [generators[i] for i in running] + [np.random.default_rng(0)] * spare)

@@ -316,8 +316,8 @@ def ablate(run):
     """`ablate`: the rows of one ablation, on one teacher and one reward model -> JSON, PNG, table."""
     pipeline, config, rows = Pipeline(run), run.config, []
     shared = {stage: pipeline.obtain(stage) for stage in ("teacher", "reward")}
-    for label, changes, paper in ABLATIONS[run.what]:
-        print(f"\n== {run.what}: {label}", flush=True)
+    for i, (label, changes, paper) in enumerate(ABLATIONS[run.what]):
+        print(f"\n== {run.what}, row {i + 1} of {len(ABLATIONS[run.what])}: {label}", flush=True)
         changes, here, saved = dict(changes), copy.copy(pipeline), shared
         if changes.pop("teacher", None):
             here.run, saved = reward_teacher(pipeline, shared)
