@@ -149,7 +149,7 @@ def canvas(width, height, title, **options):
 SAMPLERS = {f"teacher_{n}": ("teacher", dict(teacher_points=n)) for n in (80, 20, 10)} | {
     f"student_{n}": ("student", dict(nfe=n)) for n in (1, 2, 4)}      # name -> (who acts, changes of Config)
 
-def in_turns(calls, turns=15, seconds=0.02):
+def in_turns(calls, turns=50, seconds=0.01):
     """{name: callable} -> {name: [median, interquartile range]} in ms, after warm-up, CUDA synchronised.
 
     The calls take turns, each for about `seconds`: a machine that slows down slows them all alike.
@@ -222,11 +222,11 @@ def bench(run):
     x, level = torch.zeros(1, *policies["student_1"].shape, device=run.device), torch.ones(1, device=run.device)
     state = torch.tensor(observations[:1], device=run.device).flatten(1)
     print("time per action", flush=True)
-    with torch.no_grad():
+    with torch.inference_mode():         # as a Policy does
         one = in_turns({name: lambda p=p: p(observations[:1], generators[:1]) for name, p in policies.items()} | {
             "teacher": lambda: policies["teacher_80"].net(x, level, state),
             "student": lambda: policies["student_1"].net(x, level, state, level)})
-    many = in_turns({name: lambda p=p: p(observations, generators) for name, p in policies.items()}, turns=5)
+    many = in_turns({name: lambda p=p: p(observations, generators) for name, p in policies.items()}, turns=10)
     print("training steps", flush=True)
     train = {stage: training_speed(pipeline, saved, stage) for stage in STAGES}
     results = {}
