@@ -382,8 +382,8 @@ def plot(run):
     for name, (mean, sem, unit) in measured["score"].items():
         actor, ms, calls = name.split("_")[0], measured["action_ms"][name], measured["calls"][name]
         axis.errorbar(ms, mean, sem, fmt="o", capsize=3, color=COLORS["teacher" if actor == "teacher" else "RACTD"])
-        axis.annotate(f"{actor}, {calls}", (ms, mean), (5, 4), textcoords="offset points", fontsize=7)
-    axis.margins(x=0.25)
+        side, align = (5, "left") if ms < max(measured["action_ms"].values()) else (-5, "right")
+        axis.annotate(f"{actor}, {calls}", (ms, mean), (side, 4), textcoords="offset points", fontsize=7, ha=align)
     axis.set(xscale="log", xlabel=f"ms per action, {measured['device']}", ylabel=f"{unit} (label: network calls)")
     figure.savefig(run.out / "speed.png", dpi=150)
     print(f"picture: {run.out / 'speed.png'}")
