@@ -380,11 +380,13 @@ def plot(run):
         return print("for speed.png, score against time, first give: bench --episodes 20")
     figure, axis = canvas(4.5, 3.2, f"{run.env}, {data.source}, {measured['episodes']} episodes")
     for name, (mean, sem, unit) in measured["score"].items():
-        actor, ms, calls = name.split("_")[0], measured["action_ms"][name], measured["calls"][name]
-        axis.errorbar(ms, mean, sem, fmt="o", capsize=3, color=COLORS["teacher" if actor == "teacher" else "RACTD"])
-        side, align = (5, "left") if ms < max(measured["action_ms"].values()) else (-5, "right")
-        axis.annotate(f"{actor}, {calls}", (ms, mean), (side, 4), textcoords="offset points", fontsize=7, ha=align)
-    axis.set(xscale="log", xlabel=f"ms per action, {measured['device']}", ylabel=f"{unit} (label: network calls)")
+        actor, ms = name.split("_")[0], measured["action_ms"][name]
+        axis.errorbar(ms, mean, sem, fmt="o", capsize=3, color=COLORS["teacher" if actor == "teacher" else "RACTD"],
+                      label=actor if name in ("teacher_80", "student_1") else None)
+        axis.annotate(measured["calls"][name], (ms, mean), (5, 4), textcoords="offset points", fontsize=8)
+    axis.margins(x=0.1)
+    axis.legend()
+    axis.set(xscale="log", xlabel=f"ms per action, {measured['device']}", ylabel=f"{unit} (number: network calls)")
     figure.savefig(run.out / "speed.png", dpi=150)
     print(f"picture: {run.out / 'speed.png'}")
 
