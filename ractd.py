@@ -22,9 +22,9 @@ Sections 3-6 are the method: torch and the constants at the top. README.md: wher
 reproduce.py: stand-in data for machines without a network, and the paper's tables and figures.
 """
 
-import argparse, copy, dataclasses, datetime, difflib, hashlib, http.client, importlib.metadata, io, json  # noqa: E401
-import math, os, signal, socket, subprocess, sys, tempfile, time, urllib.error  # noqa: E401
-from contextlib import contextmanager
+import argparse, copy, dataclasses, datetime, difflib, hashlib, importlib.metadata, io, json  # noqa: E401
+import math, os, signal, subprocess, sys, time  # noqa: E401
+from contextlib import contextmanager, suppress
 from pathlib import Path
 import numpy as np
 import torch, torch.utils.benchmark  # noqa: E401
@@ -36,19 +36,10 @@ VERSION, NORMS = "0.1.0", ("squared", "pseudo-huber")    # NORMS: the choices of
 # task -> simulator, and the returns that are D4RL's normalised scores 0 (random) and 100 (expert)
 TASKS = {"hopper": ("Hopper-v4", -20.272305, 3234.3), "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
          "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0)}
-D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
-# env -> (released reward weight sigma, bytes and SHA-256 of the D4RL v2 file)
-ENVS = {name: (float(sigma), int(size), sha256) for name, sigma, size, sha256 in map(str.split, """
-halfcheetah-medium        0.5 237727262 41324e8487a9556d8cfa4538827f8937f4d63dae3030825ebc9f3a726ed08ca0
-halfcheetah-medium-replay 1.0  59448533 48d494a4770c11f48260736dec090b78bdca8375647ed4d24bfa5b6610c7f683
-halfcheetah-medium-expert 0.0 474567252 015db75dae5bbe8e94029b71fa0bafc2073365df0c94744e71031189f3f79c06
-hopper-medium             1.0 141484200 828ab916d1ff570ac0655af7d29390b652a6f2f4bbd05b311ac91d57fe38576c
-hopper-medium-replay      1.0  77251678 3ebbc1b9b0e98188923bd2cc0fb80541980e8c6a0ebdb8139910b0aa0bde1646
-hopper-medium-expert      0.5 281841200 3c599b8c9576dd1df13fd36a48b9c7e9a0ec9ce4a2db4fe836f7712a640b1d00
-walker2d-medium           0.4 232254996 cf00f43add04c17fdfc2958dd581dea0851b2e5bedbe6fda073758a8f841aeda
-walker2d-medium-replay    0.5  86323963 e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db
-walker2d-medium-expert    0.2 462197079 6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04
-""".strip().splitlines())}
+# env -> released reward weight sigma
+ENVS = {f"{task}-{kind}": weight for task, weights in {
+    "halfcheetah": (0.5, 1.0, 0.0), "hopper": (1.0, 1.0, 0.5), "walker2d": (0.4, 0.5, 0.2)}.items()
+    for kind, weight in zip(("medium", "medium-replay", "medium-expert"), weights)}
 
 class UserError(Exception):
     """Something the user can put right: printed as a sentence, exit code 2."""
@@ -157,38 +148,14 @@ class Dataset:
 
 def load_dataset(env, data=None):
     """--data: FILE.hdf5 in D4RL's layout, minari:ID, "standin", or None for the D4RL file of env."""
+    if data and data.startswith("minari:"):
+        return read_minari(data.removeprefix("minari:"), "minari")
+    if data and data != "standin":
+        return read_hdf5(Path(data), Path(data).name, "file")
+    from reproduce import fetch_d4rl, make_standin
     if not data and (path := fetch_d4rl(env)):
         return read_hdf5(path, f"{env}-v2", "D4RL")
-    if not data or data == "standin":
-        from reproduce import make_standin
-        return read_minari(make_standin(env), "stand-in")
-    if data.startswith("minari:"):
-        return read_minari(data.removeprefix("minari:"), "minari")
-    return read_hdf5(Path(data), Path(data).name, "file")
-
-def fetch_d4rl(env):
-    """Path of env's file in D4RL's own cache, downloaded if need be; None where there is no network."""
-    _, size, sha256 = ENVS[env]
-    folder = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl" / "datasets"))
-    path = folder / (env.replace("-", "_") + "-v2.hdf5")
-    if path.exists():
-        with open(path, "rb") as f:
-            if path.stat().st_size == size and hashlib.file_digest(f, "sha256").hexdigest() == sha256:
-                return path
-        raise UserError(f"{path} is not the published file (SHA-256 {sha256[:12]}...); delete it, or pass it as --data")
-    socket.setdefaulttimeout(20)         # seconds without an answer
-    print(f"downloading {D4RL_URL}{path.name} ({size / 1e6:.0f} MB) to {folder}", flush=True)
-    try:                                 # writes aside, and renames once the hash has matched
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(D4RL_URL + path.name, str(path), hash_prefix=sha256)
-        return path
-    except (RuntimeError, ConnectionError, TimeoutError, http.client.HTTPException) as error:  # RuntimeError: wrong hash
-        raise UserError(f"the download of {path.name} broke off or is not the published file ({error}); give "
-                        "the same command again, or pass --data standin") from None
-    except urllib.error.URLError as error:           # no network, in all its forms
-        print(f"{path.name} is not in {folder} and cannot be downloaded ({error}).\nA stand-in is made or reused: "
-              "Augmented Random Search in the same simulator. Scores on it are NOT\ncomparable with the paper's. "
-              "For the real data, put the file into that folder.")
+    return read_minari(make_standin(env), "stand-in")
 
 def simulator(env, data=None):
     """A callable that makes the environment of a D4RL name, or the one that --data minari:ID recovers."""
@@ -781,11 +748,14 @@ class Policy:
     @torch.inference_mode()              # a sixth faster at batch 1 than no_grad
     def __call__(self, observations, generators):
         """observations (B, h, O) and one numpy Generator per row -> actions (B, H, A)."""
-        observations = torch.tensor(observations, dtype=torch.float32, device=self.device)
-        return self.plan(observations, lambda _: torch.tensor(np.stack(
-            [g.standard_normal(self.shape, np.float32) for g in generators]), device=self.device)).cpu().numpy()
+        def noise(_):
+            draws = np.empty((len(generators), *self.shape), np.float32)
+            for generator, row in zip(generators, draws):
+                generator.standard_normal(dtype=np.float32, out=row)
+            return torch.from_numpy(draws).to(self.device)
+        observations = torch.from_numpy(np.asarray(observations, np.float32)).to(self.device)
+        return self.plan(observations, noise).cpu().numpy()
 
-    @torch.no_grad()
     def plan(self, observations, noise):
         """The same in torch: observations (B, h, O); noise: anything -> (B, H, A) ~ N(0, 1), fresh each time."""
         state = self.normalizer.encode("obs", observations).flatten(1)           # (B, h O)
@@ -921,37 +891,10 @@ class Pipeline:
         print(f"{stage}: {sum(p.numel() for p in net.parameters()):,} parameters")
         with deferred_interrupt() as stop:
             fit(stage, net, loss_fn, run, dict(self.meta, depends=depends), stop)
-        plot_curves(run.out)
+        with suppress(ImportError):      # ractd.py alone, or no matplotlib: no picture
+            from reproduce import plot_curves
+            plot_curves(run.out)
         return load_checkpoint(path, stage, run.device)
-
-    def dry_run(self):
-        """Five steps of every stage in a folder that is thrown away, and what the whole would take."""
-        run, saved, total, self.run.teacher, self.run.reward = self.run, {}, 0.0, None, None
-        print(json.dumps(dataclasses.asdict(run.config), indent=2))
-        with tempfile.TemporaryDirectory() as folder:
-            run.out = Path(folder)
-            for stage in STAGES if run.config.reward_weight else ("teacher", "student"):
-                steps = getattr(run.config, f"{stage}_steps")
-                setattr(run.config, f"{stage}_steps", 5)
-                saved[stage] = self.obtain(stage, dict(saved) if stage == "student" else None)
-                rate = 60 * np.median([row["steps_per_s"] for row in read_log(run.out)[-4:]])  # a minute; not the first
-                total += steps / rate
-                print(f"{stage}: {60 / rate:.3f} s a step, {steps:,} steps: {steps / rate:.1f} min")
-        print(f"estimated total: {total:.1f} min of training, then {run.config.episodes} episodes")
-
-def plot_curves(out):
-    """training.png: every logged loss of the three stages."""
-    from matplotlib import pyplot
-    pyplot.switch_backend("Agg")         # needs no screen
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    for stage, axis in zip(STAGES, axes):
-        rows = [row for row in read_log(out) if row["stage"] == stage]
-        for name in [x for row in rows[:1] for x in row if x not in ("stage", "step", "steps", "grad", "steps_per_s")]:
-            axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
-        axis.set(title=stage, xlabel="gradient steps", ylabel="mean since the last point")
-        axis.legend(fontsize=8, bbox_to_anchor=(1, 1), loc="upper left") if rows else axis.text(0.1, 0.5, "not trained here")
-    figure.savefig(out / "training.png", dpi=110)
-    pyplot.close(figure)
 
 def assess(run, saved, actor, name):
     """Score saved[actor] in the simulator; write <out>/<name>, print a table."""
@@ -1044,7 +987,7 @@ def resolve(run):
         near = sorted(ENVS, key=lambda name: -difflib.SequenceMatcher(None, name, run.env or "").ratio())
         raise UserError(f"--env {run.env or '(missing)'} is unknown; known, nearest first: " + ", ".join(near))
     if "reward_weight" not in run.given and run.env in ENVS:
-        config.reward_weight = ENVS[run.env][0]
+        config.reward_weight = ENVS[run.env]
     try:
         run.device = torch.device(run.device)
         torch.zeros(1, device=run.device)
@@ -1053,11 +996,14 @@ def resolve(run):
     torch.set_num_threads(min(run.threads, 1024) if run.threads > 0 else torch.get_num_threads())
     run.out = Path(run.out or Path("runs") / run.env.replace("/", "-"))
 
-def distill(run):
-    """`distill`: whatever is missing of teacher and reward model, the student, its score."""
+def train(run):
+    """`teacher`, `reward`; `distill`: whatever is missing of both, the student, its score."""
     pipeline, saved = Pipeline(run), {}
     if run.dry_run:
-        return pipeline.dry_run()
+        from reproduce import dry_run
+        return dry_run(pipeline)
+    if run.command != "distill":
+        return pipeline.obtain(run.command)
     for stage in ("teacher", "reward") if run.config.reward_weight else ("teacher",):
         saved[stage] = pipeline.obtain(stage)
     saved["student"] = pipeline.obtain("student", dict(saved))
@@ -1096,10 +1042,8 @@ def main(argv=None):
         elif run.command in TABLES:
             import reproduce
             getattr(reproduce, run.command)(run)
-        elif run.command in ("teacher", "reward") and not run.dry_run:
-            Pipeline(run).obtain(run.command)
         else:
-            distill(run)
+            train(run)
     except (UserError, OSError, ImportError) as error:
         print("ractd.py:", error, f"(in {run.out}; nothing saved is lost)" * isinstance(error, OSError), file=sys.stderr)
         return 2

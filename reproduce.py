@@ -1,17 +1,18 @@
-"""Around ractd.py, which is the method: data where there is no network, and the paper's tables and figures.
+"""Around ractd.py, which is the method: D4RL's files or stand-ins for them, the paper's tables and figures.
 
-    python ractd.py data   --env hopper-medium-replay --data standin       a stand-in for D4RL's file
-    python ractd.py bench  --env hopper-medium-replay [--episodes 20]      Table 4 and training speed
-    python ractd.py ablate --env hopper-medium-replay --what losses        Table 5 and the appendix
-    python ractd.py plot   --env hopper-medium-replay --episodes 100       Figure 3
-    python ractd.py export --env hopper-medium-replay policy.pt2           a policy without this program
+    python ractd.py data    --env hopper-medium-replay --data standin      a stand-in for D4RL's file
+    python ractd.py distill --env hopper-medium-replay --dry-run           how long that would take
+    python ractd.py bench   --env hopper-medium-replay [--episodes 20]     Table 4 and training speed
+    python ractd.py ablate  --env hopper-medium-replay --what losses       Table 5 and the appendix
+    python ractd.py plot    --env hopper-medium-replay --episodes 100      Figure 3
+    python ractd.py export  --env hopper-medium-replay policy.pt2          a policy without this program
     python ractd.py evaluate --env hopper-medium-replay --video hop.gif    one episode to look at
 
 bench, ablate and plot first train what is missing, as `distill` does; what is finished is not repeated.
 """
 
-import copy, dataclasses, importlib.metadata, json, os, platform, resource, tempfile  # noqa: E401
-import time, unittest.mock, warnings  # noqa: E401
+import copy, dataclasses, hashlib, http.client, importlib.metadata, json, os, platform, resource  # noqa: E401
+import socket, tempfile, time, unittest.mock, urllib.error, warnings  # noqa: E401
 from pathlib import Path
 import numpy as np
 import torch
@@ -19,10 +20,50 @@ from torch import nn
 from ractd import (
     STAGES, TASKS, Config, Pipeline, Policy, RewardModel, UNet1d, UserError, assess, deferred_interrupt,
     denoise, edm_loss, episode_begins, evaluate, fit, frozen, load_checkpoint, load_reward_model,
-    lognormal_levels, make_unet, normalized_score, plot_curves, recall, replacing, reward_loss, simulator,
+    lognormal_levels, make_unet, normalized_score, read_log, recall, replacing, reward_loss, simulator,
     train_step)
 
-# ---- 1. Stand-in data: the same simulator, searched by linear policies ---------------------------------
+# ---- 1. Data: D4RL's files, or where there is no network the same simulator, searched by linear policies --
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
+# env -> bytes and SHA-256 of its file, version 2
+D4RL_FILES = {env: (int(size), sha256) for env, size, sha256 in map(str.split, """
+halfcheetah-medium        237727262 41324e8487a9556d8cfa4538827f8937f4d63dae3030825ebc9f3a726ed08ca0
+halfcheetah-medium-replay  59448533 48d494a4770c11f48260736dec090b78bdca8375647ed4d24bfa5b6610c7f683
+halfcheetah-medium-expert 474567252 015db75dae5bbe8e94029b71fa0bafc2073365df0c94744e71031189f3f79c06
+hopper-medium             141484200 828ab916d1ff570ac0655af7d29390b652a6f2f4bbd05b311ac91d57fe38576c
+hopper-medium-replay       77251678 3ebbc1b9b0e98188923bd2cc0fb80541980e8c6a0ebdb8139910b0aa0bde1646
+hopper-medium-expert      281841200 3c599b8c9576dd1df13fd36a48b9c7e9a0ec9ce4a2db4fe836f7712a640b1d00
+walker2d-medium           232254996 cf00f43add04c17fdfc2958dd581dea0851b2e5bedbe6fda073758a8f841aeda
+walker2d-medium-replay     86323963 e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db
+walker2d-medium-expert    462197079 6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04
+""".strip().splitlines())}
+
+def fetch_d4rl(env):
+    """Path of env's file in D4RL's own cache, downloaded if need be; None where there is no network."""
+    size, sha256 = D4RL_FILES[env]
+    folder = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl" / "datasets"))
+    path = folder / (env.replace("-", "_") + "-v2.hdf5")
+    if path.exists():
+        with open(path, "rb") as f:
+            if path.stat().st_size == size and hashlib.file_digest(f, "sha256").hexdigest() == sha256:
+                return path
+        raise UserError(f"{path} is not the published file (SHA-256 {sha256[:12]}...); delete it, "
+                        "or pass it as --data")
+    socket.setdefaulttimeout(20)         # seconds without an answer
+    print(f"downloading {D4RL_URL}{path.name} ({size / 1e6:.0f} MB) to {folder}", flush=True)
+    try:                                 # writes aside, and renames once the hash has matched
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(D4RL_URL + path.name, str(path), hash_prefix=sha256)
+        return path
+    # RuntimeError: wrong hash
+    except (RuntimeError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
+        raise UserError(f"the download of {path.name} broke off or is not the published file ({error}); give "
+                        "the same command again, or pass --data standin") from None
+    except urllib.error.URLError as error:           # no network, in all its forms
+        print(f"{path.name} is not in {folder} and cannot be downloaded ({error}).\nA stand-in is made or "
+              "reused: Augmented Random Search in the same simulator. Scores on it are NOT\ncomparable with "
+              "the paper's. For the real data, put the file into that folder.")
+
 # task -> directions tried and used, step, noise and survival bonus of the search, search steps per kept step
 SEARCH = {"hopper": (8, 4, 0.02, 0.025, 1.0, 1), "walker2d": (20, 10, 0.03, 0.025, 1.0, 3),
           "halfcheetah": (8, 4, 0.02, 0.03, 0.0, 4)}
@@ -139,13 +180,28 @@ COLORS = dict(data="#999999", teacher="#E69F00", CTD="#0072B2", RACTD="#D55E00")
 
 def canvas(width, height, title, **options):
     """A figure that needs no screen, and its axes."""
-    from matplotlib import pyplot
-    pyplot.switch_backend("Agg")
-    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained", **options)
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=9)
-    return figure, axes
+    return figure, figure.subplots(**options)
 
-# ---- 3. bench: Table 4 and training speed --------------------------------------------------------------
+# ---- 3. How long it takes: --dry-run, and bench (Table 4) -----------------------------------------------
+def dry_run(pipeline):
+    """`--dry-run`: five steps of every stage in a folder that is thrown away, and the time of the whole."""
+    run, config, saved, total = pipeline.run, pipeline.run.config, {}, 0.0
+    run.teacher = run.reward = None
+    print(json.dumps(dataclasses.asdict(config), indent=2))
+    with tempfile.TemporaryDirectory() as folder:
+        run.out = Path(folder)
+        for stage in STAGES if config.reward_weight else ("teacher", "student"):
+            steps = getattr(config, f"{stage}_steps")
+            setattr(config, f"{stage}_steps", 5)
+            saved[stage] = pipeline.obtain(stage, dict(saved) if stage == "student" else None)
+            rate = 60 * np.median([row["steps_per_s"] for row in read_log(run.out)[-4:]])    # not the first
+            total += steps / rate
+            print(f"{stage}: {60 / rate:.3f} s a step, {steps:,} steps: {steps / rate:.1f} min")
+    print(f"estimated total: {total:.1f} min of training, then {config.episodes} episodes")
+
 SAMPLERS = {f"teacher_{n}": ("teacher", dict(teacher_points=n)) for n in (80, 20, 10)} | {
     f"student_{n}": ("student", dict(nfe=n)) for n in (1, 2, 4)}      # name -> (who acts, changes of Config)
 
@@ -351,7 +407,22 @@ def ablate(run):
     figure.savefig(path.with_suffix(".png"), dpi=150)
     print(f"All numbers: {path}; picture: {path.with_suffix('.png')}")
 
-# ---- 5. plot: Figure 3, score against time, training curves --------------------------------------------
+# ---- 5. Pictures: training curves; plot (Figure 3, score against time) ----------------------------------
+def plot_curves(out):
+    """training.png: every logged loss of the three stages."""
+    figure, axes = canvas(13, 3.8, out.name, ncols=3)
+    for stage, axis in zip(STAGES, axes):
+        rows = [row for row in read_log(out) if row["stage"] == stage]
+        other = ("stage", "step", "steps", "grad", "steps_per_s")
+        for name in [name for row in rows[:1] for name in row if name not in other]:
+            axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
+        axis.set(title=stage, xlabel="gradient steps", ylabel="mean since the last point")
+        if rows:
+            axis.legend(fontsize=8, bbox_to_anchor=(1, 1), loc="upper left")
+        else:
+            axis.text(0.1, 0.5, "not trained here")
+    figure.savefig(out / "training.png", dpi=110)
+
 def plot(run):
     """`plot`: returns.png (Figure 3), speed.png (if bench.json has scores) and training.png."""
     pipeline = Pipeline(run)

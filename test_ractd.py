@@ -43,7 +43,7 @@ def sandbox(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(ractd, "D4RL_URL", "http://127.0.0.1:9/")            # a closed port
+    monkeypatch.setattr(reproduce, "D4RL_URL", "http://127.0.0.1:9/")            # a closed port
     monkeypatch.chdir(tmp_path)
 
 def logged(lengths=(40, 8, 5, 60, 20), o=11, a=3):
@@ -463,8 +463,8 @@ def server(monkeypatch, tmp_path):
             pass
     web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=web.serve_forever, args=(0.05,), daemon=True).start()
-    monkeypatch.setattr(ractd, "D4RL_URL", f"http://127.0.0.1:{web.server_port}/")
-    monkeypatch.setitem(ractd.ENVS, ENV, (1.0, len(content), hashlib.sha256(content).hexdigest()))
+    monkeypatch.setattr(reproduce, "D4RL_URL", f"http://127.0.0.1:{web.server_port}/")
+    monkeypatch.setitem(reproduce.D4RL_FILES, ENV, (len(content), hashlib.sha256(content).hexdigest()))
     yield state
     socket.setdefaulttimeout(timeout)
     web.shutdown(), web.server_close()
