@@ -22,24 +22,23 @@ Sections 3-6 are the method: torch and the constants at the top. README.md: wher
 reproduce.py: stand-in data for machines without a network, and the paper's tables and figures.
 """
 
-import argparse, copy, dataclasses, datetime, difflib, hashlib, importlib.metadata, io, json  # noqa: E401
-import math, os, signal, subprocess, sys, time  # noqa: E401
-from contextlib import contextmanager, suppress
+import argparse, contextlib, copy, dataclasses, datetime, difflib, functools, hashlib  # noqa: E401
+import importlib.metadata, io, json, math, os, signal, subprocess, sys, time  # noqa: E401
 from pathlib import Path
 import numpy as np
-import torch, torch.utils.benchmark  # noqa: E401
+import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 
 # ---- 1. Configuration -----------------------------------------------------------------------------
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.02, 80.0, 0.5
 VERSION, NORMS = "0.1.0", ("squared", "pseudo-huber")    # NORMS: the choices of d
-# task -> simulator, and the returns that are D4RL's normalised scores 0 (random) and 100 (expert)
-TASKS = {"hopper": ("Hopper-v4", -20.272305, 3234.3), "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
-         "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0)}
-# env -> released reward weight sigma
-ENVS = {f"{task}-{kind}": weight for task, weights in {
-    "halfcheetah": (0.5, 1.0, 0.0), "hopper": (1.0, 1.0, 0.5), "walker2d": (0.4, 0.5, 0.2)}.items()
-    for kind, weight in zip(("medium", "medium-replay", "medium-expert"), weights)}
+# task -> simulator; returns that are D4RL's scores 0 (random) and 100 (expert); released sigma of each kind
+TASKS = {"hopper": ("Hopper-v4", -20.272305, 3234.3, (1.0, 1.0, 0.5)),
+         "walker2d": ("Walker2d-v4", 1.629008, 4592.3, (0.4, 0.5, 0.2)),
+         "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0, (0.5, 1.0, 0.0))}
+KINDS = ("medium", "medium-replay", "medium-expert")
+ENVS = {f"{task}-{kind}": sigma for task, row in TASKS.items() for kind, sigma in zip(KINDS, row[-1])}
 
 class UserError(Exception):
     """Something the user can put right: printed as a sentence, exit code 2."""
@@ -86,12 +85,12 @@ class Config:
     dsm_weight: float = opt(1.0, "student", "beta of Eq. 9 [1]", 0, 1e6)
     reward_weight: float = opt(1.0, "student", "sigma of Eq. 9; 0 = CTD; default: released, by --env", 0, 1e6)
     ctm_distance: str = opt("pseudo-huber", "student", "d of Eq. 5 [about squared]", choices=NORMS)
-    dsm_target: str = opt("denoiser", "student", "x0 of Eq. 7 is for g(x_t, t, t), which keeps unequal modes, or "
-                          "for G(x_t, t, 0) [jump]", choices=("denoiser", "jump"))
+    dsm_target: str = opt("denoiser", "student", "x0 of Eq. 7 is for g(x_t, t, t), which keeps unequal "
+                          "modes, or for G(x_t, t, 0) [jump]", choices=("denoiser", "jump"))
     dsm_noise: str = opt("lognormal", "student", "levels of Eq. 7 [mixed]", choices=("lognormal", "mixed"))
     dsm_distance: str = opt("squared", "student", "d of Eq. 7 [paper: pseudo-huber]", choices=NORMS)
     reward_noise: float = opt(1.0, "student", "scale of the initial noise of Eq. 8's sample", 0, 1e4)
-    anchor_weight: float = opt(1.0, "student", "weight of the anchor of Eq. 8's sample on the data [0: none]", 0, 1e6)
+    anchor_weight: float = opt(1.0, "student", "anchor of Eq. 8's sample on the data [0: none]", 0, 1e6)
     anchor_noise: float = opt(0.2, "student", "noise level s of the anchor", SIGMA_MIN, SIGMA_MAX)
     episodes: int = opt(20, "acting", "evaluation episodes; 100 for a report", 1, 100_000)
     first_seed: int = opt(0, "acting", "episode i has seed first_seed + i", 0)
@@ -108,18 +107,19 @@ class Config:
                 raise UserError(f"--{f.name.replace('_', '-')} {value} must be from {low} to {high}")
         multiple = self.patch * 2 ** (len(self.channels) - 1)
         for bad, sentence in (
-                (not all(0 < c <= 8192 for c in self.channels), f"--channels {self.channels}: 1 to 8192 each"),
+                (not all(0 < c <= 8192 for c in self.channels), "--channels must be from 1 to 8192"),
                 (self.kernel % 2 == 0 or self.embed % 2, "--kernel must be odd, --embed even"),
-                (self.horizon % multiple, f"--horizon {self.horizon} must be a multiple of {multiple}, patch 2^(levels - 1)"),
-                (self.execute > self.horizon, f"--execute {self.execute} is more than --horizon {self.horizon}"),
-                (0 in (self.teacher_steps, self.reward_steps, self.student_steps), "--<stage>-steps must not be 0")):
+                (self.horizon % multiple, f"--horizon: not a multiple of patch 2^(levels - 1), {multiple}"),
+                (self.execute > self.horizon, f"--execute must be at most --horizon, {self.horizon}"),
+                (0 in (self.teacher_steps, self.reward_steps, self.student_steps), "--<stage>-steps is 0")):
             if bad:
                 raise UserError(sentence)
 
 PRESETS = {"default": {}, "paper": dict(
-    channels=(512, 1024, 2048), kernel=5, blocks=2, patch=1, embed=256, grid_points=80, teacher_points=80, episodes=100,
-    teacher_steps=-1000, teacher_batch=1024, teacher_lr=1e-4, teacher_warmup=2000, reward_steps=-50, reward_batch=64,
-    reward_lr=2e-4, student_steps=-400, student_batch=4800, student_lr=1e-4, student_warmup=500, target_decay=0.0, dropout=0.2)}
+    channels=(512, 1024, 2048), kernel=5, blocks=2, patch=1, embed=256, grid_points=80, teacher_points=80,
+    teacher_steps=-1000, teacher_batch=1024, teacher_lr=1e-4, teacher_warmup=2000, target_decay=0.0,
+    student_steps=-400, student_batch=4800, student_lr=1e-4, student_warmup=500, dropout=0.2,
+    reward_steps=-50, reward_batch=64, reward_lr=2e-4, episodes=100)}
 
 # ---- 2. Data --------------------------------------------------------------------------------------
 @dataclasses.dataclass
@@ -142,29 +142,31 @@ class Dataset:
                     return_mean=float(returns.mean()), return_worst=float(returns.min()))
 
     def __str__(self):
-        s = self.summary()
-        return (f"data: {self.name} ({self.source}{s['note']})\n      {s['transitions']:,} transitions, "
-                f"{s['episodes']:,} episodes, return {s['return_worst']:.0f} to {s['return_best']:.0f}, mean {s['return_mean']:.0f}")
+        text = ("data: {name} ({source}{note})\n      {transitions:,} transitions, {episodes:,} episodes, "
+                "return {return_worst:.0f} to {return_best:.0f}, mean {return_mean:.0f}")
+        return text.format(**self.summary())
 
 def load_dataset(env, data=None):
     """--data: FILE.hdf5 in D4RL's layout, minari:ID, "standin", or None for the D4RL file of env."""
+    if data and data != "standin" and not data.startswith("minari:"):
+        return read_hdf5(Path(data), Path(data).name, "file")
+    from reproduce import fetch_d4rl, make_standin, read_minari
     if data and data.startswith("minari:"):
         return read_minari(data.removeprefix("minari:"), "minari")
-    if data and data != "standin":
-        return read_hdf5(Path(data), Path(data).name, "file")
-    from reproduce import fetch_d4rl, make_standin
     if not data and (path := fetch_d4rl(env)):
         return read_hdf5(path, f"{env}-v2", "D4RL")
     return read_minari(make_standin(env), "stand-in")
 
 def simulator(env, data=None):
     """A callable that makes the environment of a D4RL name, or the one that --data minari:ID recovers."""
-    import gymnasium, minari  # noqa: E401
+    import gymnasium
     gymnasium.logger.min_level = gymnasium.logger.ERROR      # no advice to leave the -v4 tasks
-    make = lambda **options: gymnasium.make(TASKS[env.split("-")[0]][0], **options)  # noqa: E731
     try:
         if data and data.startswith("minari:"):
+            import minari
             make = minari.load_dataset(data.removeprefix("minari:")).recover_environment
+        else:
+            make = functools.partial(gymnasium.make, TASKS[env.split("-")[0]][0])
         make().close()
         return make
     except Exception as error:           # many types: dataset gone, no environment in it, package missing
@@ -183,21 +185,6 @@ def read_hdf5(path, name, source):
         raise UserError(f"{path} is missing, no HDF5 file or cut short ({error})") from None
     return assemble(name, source, *arrays)
 
-def read_minari(dataset_id, source):
-    """A Minari dataset of Box observations and actions: a local one, or through minari's download."""
-    import minari
-    try:
-        missing = dataset_id not in minari.list_local_datasets()
-        episodes = list(minari.load_dataset(dataset_id, download=missing).iterate_episodes())
-        # an episode holds one observation more than actions: the last one, on which nobody acted
-        arrays = [np.concatenate([getattr(e, key)[:len(e.rewards)] for e in episodes])
-                  for key in ("observations", "actions", "rewards", "terminations", "truncations")]
-    except Exception as error:           # many types: bad id, no network, missing extra, spaces of dicts
-        raise UserError(f"{dataset_id!r} cannot be read ({type(error).__name__}: {error}); observations and actions must "
-                        "be Box, and a remote dataset needs a network and `pip install 'minari[hf,gcs]'`") from None
-    arrays[4][np.cumsum([len(e.rewards) for e in episodes]) - 1] = True      # also where it was cut off
-    return assemble(dataset_id, source, *arrays)
-
 def assemble(name, source, observations, actions, rewards, terminals, timeouts):
     """Check the arrays, saying what is wrong and where, and find the episodes."""
     for key, array, dims in (("observations", observations, 2), ("actions", actions, 2),
@@ -205,7 +192,7 @@ def assemble(name, source, observations, actions, rewards, terminals, timeouts):
         if array.dtype.kind not in "fiub":
             raise UserError(f"{name}: {key} has type {array.dtype}, not numbers")
         if array.ndim != dims or 0 in array.shape or array.shape[:1] != observations.shape[:1]:
-            raise UserError(f"{name}: {key} has shape {array.shape}, not {observations.shape[:1] + ('D',) * (dims - 1)}")
+            raise UserError(f"{name}: {key} has shape {array.shape}, not {len(observations)} rows {dims}-D")
         if not (finite := np.isfinite(array.astype(np.float32))).all():
             raise UserError(f"{name}: {key} is NaN or infinite in row {np.argwhere(~finite)[0][0]}")
     ends = np.flatnonzero((terminals != 0) | (timeouts != 0))
@@ -266,7 +253,7 @@ class Batches:
         begins, starts = episode_begins(dataset.ends), window_starts(dataset.ends, config.horizon)
         lengths = dataset.ends - begins + 1
         if not len(starts):
-            raise UserError(f"{dataset.name}: no episode has --horizon {config.horizon} steps; at most {lengths.max()}")
+            raise UserError(f"{dataset.name}: --horizon {config.horizon}, longest episode {lengths.max()}")
         go = returns_to_go(dataset.rewards, dataset.ends, dataset.terminated, config.gamma, config.timeout)
         raw = {"obs": dataset.observations, "action": dataset.actions, "return": go[:, None]}
         self.normalizer = normalizer or Normalizer.fit(device, **raw)
@@ -278,8 +265,9 @@ class Batches:
         self.starts = torch.tensor(starts, device=device)                        # (W,)
         self.chunk, self.past = (torch.arange(a, b, device=device)
                                  for a, b in ((0, config.horizon), (1 - config.history, 1)))
-        self.counts = (f"{len(starts):,} windows of {config.horizon} actions; dropped as starts: {len(go) - len(starts):,} rows "
-                       f"near episodes' ends ({(lengths < config.horizon).sum():,} whole episodes); R trains on all")
+        late, short = len(go) - len(starts), (lengths < config.horizon).sum()
+        self.counts = (f"{len(starts):,} windows of {config.horizon} actions; dropped starts: {late:,} rows "
+                       f"near episodes' ends ({short:,} whole episodes); R trains on all")
 
     def states(self, rows):
         """(B,) rows -> (B, h O): the last h observations, an episode's first one repeated backwards."""
@@ -350,8 +338,8 @@ class UNet1d(nn.Module):
         self.embed = LevelEmbedding(2 if two_levels else 1, embed)               # of t, or of t and k
         self.condition = nn.Sequential(nn.Linear(embed + state_dim, 2 * embed), nn.SiLU(),
                                        nn.Linear(2 * embed, 2 * embed), nn.SiLU())
-        def stack(c_in, c_out, n=blocks):
-            return nn.ModuleList(ResidualBlock(c_out if i else c_in, c_out, kernel, dropout) for i in range(n))
+        def stack(a, b, n=blocks):
+            return nn.ModuleList(ResidualBlock(b if i else a, b, kernel, dropout) for i in range(n))
         pairs = list(zip(channels, channels[1:]))
         self.down = nn.ModuleList(stack(a, b) for a, b in zip((folded, *channels), channels[:-1]))
         self.down.append(stack((folded, *channels)[-2], channels[-1], 2 * blocks))
@@ -359,7 +347,7 @@ class UNet1d(nn.Module):
         self.grow = nn.ModuleList(nn.Linear(b, 2 * a) for a, b in reversed(pairs))     # one -> two
         self.up = nn.ModuleList(stack(2 * a, a) for a, _ in reversed(pairs))
         self.out = nn.Linear(channels[0], folded)
-        self.sizes = [2 * block.first.linear.out_features for part in (*self.down, *self.up) for block in part]
+        self.sizes = [2 * len(block.first.norm.bias) for part in (*self.down, *self.up) for block in part]
         self.film = nn.Linear(2 * embed, sum(self.sizes))                        # of all blocks at once
 
     def forward(self, x, t, state, k=None):
@@ -476,7 +464,7 @@ def reward_model_loss(prediction, returns_to_go):
 
 # ---- 6. CTM student and its three losses (RACTD Eqs. 5-9; Kim et al. 2024) ------------------------
 def mix(x, g, t, k):
-    """G = (k/t) x + (1 - k/t) g, x and g (B, H, A), t and k (B,): exactly x at k = t, g at k = 0 (Kim et al. 2024)."""
+    """G = (k/t) x + (1 - k/t) g, x, g (B, H, A), t, k (B,): x at k = t, g at k = 0 (Kim et al. 2024)."""
     return torch.lerp(g, x, expand(k / t))
 
 def student_jump(net, x, t, k, state):
@@ -531,8 +519,8 @@ def reward_loss(reward_model, state, action):
 def anchor_loss(x_hat, denoised):
     """Not in the paper: |x_hat - denoised|^2 / 2, both (B, H, A), mean over the batch -> (loss, info).
 
-    denoised = D(x_hat + s noise, s) of the frozen teacher. Eq. 8 alone leaves the data, where R is wrong; this leads
-    back to their nearest mode, firmly where they are narrow, softly where wide (score distillation: Poole et al. 2022).
+    denoised = D(x_hat + s noise, s) of the frozen teacher. Eq. 8 alone leaves the data, where R is wrong;
+    this leads back to their nearest mode, firmly if it is narrow (score distillation: Poole et al. 2022).
     """
     loss = (x_hat - denoised.detach()).square().flatten(1).sum(1).mean() / 2
     return loss, {"anchor": loss.detach()}
@@ -553,13 +541,15 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
     jumps = {"ctm": (x_t, t, k)}         # loss -> where the student starts, from which level, to which
     if config.dsm_weight:
         s = (lognormal_levels if config.dsm_noise == "lognormal" else mixed_levels)(len(x0), x0.device)
-        jumps["dsm"] = (x0 + expand(s) * torch.randn_like(x0), s, s if config.dsm_target == "denoiser" else zero)
+        end = s if config.dsm_target == "denoiser" else zero
+        jumps["dsm"] = (x0 + expand(s) * torch.randn_like(x0), s, end)
     if config.reward_weight:             # G(x_T, T, 0), from the noise that it acts from by default
         jumps["reward"] = (config.reward_noise * torch.randn_like(x0), torch.full_like(t, SIGMA_MAX), zero)
     x, start, end = (torch.cat(parts) for parts in zip(*jumps.values()))
     outputs = denoise(student, x, start, state.repeat(len(jumps), 1), end).split(len(x0))
     g = dict(zip(jumps, outputs))                                                # loss -> (B, H, A)
-    losses = {"ctm": ctm_loss(mix(x_t, g["ctm"], t, k), x_ref, lambda x: student_jump(target, x, k, zero, state),
+    losses = {"ctm": ctm_loss(mix(x_t, g["ctm"], t, k), x_ref,
+                              lambda x: student_jump(target, x, k, zero, state),
                               DISTANCES[config.ctm_distance])}
     if config.dsm_weight:
         x_s, s, end = jumps["dsm"]
@@ -592,7 +582,7 @@ def student_sample(jump, noise, sigmas, nfe=1, init_noise=SIGMA_MAX, renoise=tor
     return x, nfe
 
 # ---- 7. Training ----------------------------------------------------------------------------------
-@contextmanager
+@contextlib.contextmanager
 def replacing(path):
     """A binary file that takes the place of `path` once it is written whole, or never."""
     partial = Path(path).with_suffix(".part")
@@ -631,9 +621,10 @@ def ema_update(target, online, decay):
 
 def cosine(step, steps, warmup):
     """Learning-rate factor: linear warm-up, then half a cosine down to 0."""
-    return min((step + 1) / max(1, warmup), 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
+    done = max(0, step - warmup) / max(1, steps - warmup)
+    return min((step + 1) / max(1, warmup), 0.5 + 0.5 * math.cos(math.pi * done))
 
-@contextmanager
+@contextlib.contextmanager
 def deferred_interrupt():
     """A list that Ctrl-C fills, so that no training step is left half done."""
     stop = []
@@ -656,14 +647,14 @@ def train_step(net, average, optimizer, loss_fn, decay):
 def fit(stage, net, loss_fn, run, meta, stop=()):
     """Train `net` for config.<stage>_steps, leaving <stage>.pt and lines in log.jsonl; resumes by itself.
 
-    loss_fn(net, average) draws a batch -> (loss, {name: tensor}); average: net's EMA, frozen, which is used
-    afterwards; meta: what else the checkpoint holds; stop: once true, save and end. All randomness is torch's
-    generator, which is saved too: a run killed at any moment and given again ends, on the CPU, in the same bits.
+    loss_fn(net, average) draws a batch -> (loss, {name: tensor}); average: net's EMA, frozen, the result;
+    meta: what else the checkpoint holds; stop: once true, save and end. All randomness is torch's generator,
+    saved too: a run killed at any moment and given again ends in the same bits (on the CPU).
     """
     average = frozen(copy.deepcopy(net))
     config, path, log = run.config, run.out / f"{stage}.pt", run.out / "log.jsonl"
-    steps, lr, warmup, weight_decay = (getattr(config, f"{stage}_{x}") for x in ("steps", "lr", "warmup", "decay"))
-    optimizer = torch.optim.AdamW(net.parameters(), lr, (0.95, 0.999), weight_decay=weight_decay, fused=True)
+    steps, lr, warmup, decay = (getattr(config, f"{stage}_{x}") for x in ("steps", "lr", "warmup", "decay"))
+    optimizer = torch.optim.AdamW(net.parameters(), lr, (0.95, 0.999), weight_decay=decay, fused=True)
     parts, step, before = dict(net=net, ema=average, optimizer=optimizer), 0, 0.0
     meta = dict(meta, stage=stage, version=VERSION, config=dataclasses.asdict(config))
     if path.exists():
@@ -680,8 +671,8 @@ def fit(stage, net, loss_fn, run, meta, stop=()):
     sums, mark, began, saved_at = {}, (time.time(), step), time.time(), time.time()
     while step < steps and not stop:
         optimizer.param_groups[0]["lr"] = lr * cosine(step, steps, warmup)
-        decay = config.target_decay if stage == "student" else min(0.9999, 1 - (1 + step) ** -0.75)
-        info = train_step(net, average, optimizer, loss_fn, decay)
+        ema_decay = config.target_decay if stage == "student" else min(0.9999, 1 - (1 + step) ** -0.75)
+        info = train_step(net, average, optimizer, loss_fn, ema_decay)
         step += 1
         for name, value in info.items():
             sums[name] = sums.get(name, 0) + value
@@ -689,33 +680,34 @@ def fit(stage, net, loss_fn, run, meta, stop=()):
         if save or step % max(1, steps // 20) == 0:
             means = {name: float(v) / (step - mark[1]) for name, v in sums.items()}  # the only wait for CUDA
             for name in (name for name, v in means.items() if not math.isfinite(v)):
-                raise UserError(f"{stage}: {name} is {means[name]} between steps {mark[1]:,} and {step:,}; last "
-                                f"checkpoint: {path if path.exists() else 'none'}; try a smaller --{stage}-lr")
+                raise UserError(f"{stage}: {name} is {means[name]} between steps {mark[1]:,} and {step:,}; "
+                                f"what was saved before stays in {path}; try a smaller --{stage}-lr")
             rate = (step - mark[1]) / (time.time() - mark[0])
-            eta = datetime.timedelta(seconds=round((steps - step) / rate))
+            eta = f"{rate:6.1f} steps/s  ETA {datetime.timedelta(seconds=round((steps - step) / rate))}"
             numbers = "  ".join(f"{name} {v:7.4f}" for name, v in means.items())
-            print(f"{stage:8}{step:8,}/{steps:,} {step / steps:5.0%}  {numbers}  {rate:6.1f} steps/s  ETA {eta}", flush=True)
+            print(f"{stage:8}{step:8,}/{steps:,} {step / steps:5.0%}  {numbers}  {eta}", flush=True)
             with open(log, "a") as f:
-                f.write(json.dumps(dict(stage=stage, step=step, steps=steps, **means, steps_per_s=rate)) + "\n")
+                json.dump(dict(stage=stage, step=step, steps=steps, **means, steps_per_s=rate), f)
+                f.write("\n")
             sums, mark = {}, (time.time(), step)
         if save:                         # after the check: a broken state never replaces a good one
             saved_at = time.time()
             state = {name: part.state_dict() for name, part in parts.items()}
-            rng = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if run.device.type == "cuda" else ())]
+            cuda = torch.cuda.get_rng_state_all() if run.device.type == "cuda" else ()
             weights = torch.cat([x.flatten() for x in state["ema"].values()]).cpu().numpy()
-            torch.save(dict(meta, step=step, steps=steps, seconds=before + saved_at - began, rng=rng,
-                            id=hashlib.sha256(weights).hexdigest()[:16], **state),
-                       buffer := io.BytesIO())           # to a full disk torch itself would write no clear error
+            torch.save(dict(meta, step=step, steps=steps, seconds=before + saved_at - began, **state,
+                            id=hashlib.sha256(weights).hexdigest()[:16], rng=[torch.get_rng_state(), *cuda]),
+                       buffer := io.BytesIO())           # torch has no clear error for a full disk
             with replacing(path) as f:
                 f.write(buffer.getbuffer())
     if step < steps:
-        print(f"{stage}: stopped at step {step:,} of {steps:,}, saved in {path}; the same command (less --retrain) goes on")
+        print(f"{stage}: stopped at step {step:,} and saved; the same command (less --retrain) goes on")
         raise KeyboardInterrupt
 
 def read_log(out):
     """The rows of log.jsonl, less a last one that was cut short."""
-    path = out / "log.jsonl"
-    return [json.loads(x) for x in (path.read_text().splitlines() if path.exists() else ()) if x.endswith("}")]
+    lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else ()
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 # ---- 8. Acting and evaluation ---------------------------------------------------------------------
 def make_unet(config, dims, two_levels=False, dropout=0.0):
@@ -742,7 +734,8 @@ class Policy:
         self.net.load_state_dict(checkpoint["ema"])
         self.normalizer = Normalizer(checkpoint["normalizer"])
         self.shape = (saved.horizon, checkpoint["dims"][1])                      # (H, A)
-        self.sigmas = karras_sigmas(saved.grid_points if self.student else config.teacher_points).to(device, torch.float32)
+        points = saved.grid_points if self.student else config.teacher_points
+        self.sigmas = karras_sigmas(points).to(device, torch.float32)
         self.nfe = config.nfe if self.student else 2 * (config.teacher_points - 1)
 
     @torch.inference_mode()              # a sixth faster at batch 1 than no_grad
@@ -757,7 +750,7 @@ class Policy:
         return self.plan(observations, noise).cpu().numpy()
 
     def plan(self, observations, noise):
-        """The same in torch: observations (B, h, O); noise: anything -> (B, H, A) ~ N(0, 1), fresh each time."""
+        """The same in torch: observations (B, h, O); noise: anything -> fresh (B, H, A) ~ N(0, 1)."""
         state = self.normalizer.encode("obs", observations).flatten(1)           # (B, h O)
         if self.student:
             x, _ = student_sample(lambda x, t, k: student_jump(self.net, x, t, k, state), noise(None),
@@ -772,7 +765,7 @@ def evaluate(policy, make_env, episodes=20, first_seed=0, history=1, execute=1):
 
     policy: (observations (B, h, O), B numpy Generators) -> actions (B, H, A), of which `execute` are carried
     out; B is filled up to a multiple of 16. Episode i has seed first_seed + i, simulator and noise. Returns
-    are sums of env.step's rewards (released: running maxima). -> dict(returns, lengths, simulator_s, network_s)
+    sum env.step's rewards (released: running maxima). -> dict(returns, lengths, simulator_s, network_s)
     """
     envs = [make_env() for _ in range(episodes)]
     pasts = [[env.reset(seed=first_seed + i)[0]] * history for i, env in enumerate(envs)]
@@ -801,7 +794,7 @@ def evaluate(policy, make_env, episodes=20, first_seed=0, history=1, execute=1):
 
 def normalized_score(env, value):
     """D4RL score of a return or an array: 0 = random policy, 100 = expert. NaN if env has no reference."""
-    _, random, expert = TASKS.get(env.split("-")[0].lower(), (None, math.nan, math.nan))
+    _, random, expert, _ = TASKS.get(env.split("-")[0].lower(), (None, math.nan, math.nan, ()))
     return 100 * (value - random) / (expert - random)
 
 # ---- 9. The pipeline: data -> teacher, reward model -> student -> score ---------------------------
@@ -810,8 +803,8 @@ STAGES = {"teacher": ("data", "network", "teacher"), "reward": ("data", "reward"
 
 def refuse(path, pairs, way_out):
     """Raise UserError if a checkpoint differs from what is asked; pairs: (name, saved, asked)."""
-    if wrong := [f"{name}: {a} in the file, {b} asked for" for name, a, b in pairs if a != b]:
-        raise UserError("\n  ".join([f"{path} was made otherwise:", *wrong]) + f"\nGive the same values, {way_out}.")
+    if wrong := [f"  {name}: {a} in the file, {b} asked for" for name, a, b in pairs if a != b]:
+        raise UserError("\n".join([f"{path} was made otherwise:", *wrong, f"Give the same, {way_out}."]))
 
 class Pipeline:
     """The dataset and the three stages: each is loaded if it is there and trained if it is not."""
@@ -822,8 +815,8 @@ class Pipeline:
         env = simulator(run.env, run.data)()
         sizes = [math.prod(space.shape) for space in (env.observation_space, env.action_space)]
         if self.dims != sizes:
-            raise UserError(f"{dataset.name} has observations of {self.dims[0]} and actions of {self.dims[1]} "
-                            f"numbers, but {run.env} has {sizes[0]} and {sizes[1]}; is --env right?")
+            raise UserError(f"{dataset.name} has observations of {self.dims[0]} and actions of {self.dims[1]}"
+                            f" numbers, {run.env} has {sizes[0]} and {sizes[1]}; is --env right?")
         if run.teacher:                  # its coordinates are the student's too
             saved = load_checkpoint(run.teacher, "teacher", run.device)
             refuse(run.teacher, [("sizes", saved["dims"], self.dims)], "another file")
@@ -860,11 +853,12 @@ class Pipeline:
 
     def depends(self, stage, saved):
         """Everything that a stage's checkpoint depends on, name -> value."""
-        run, data = self.run, self.meta["dataset"]
-        return dict(env=run.env, task=run.env.split("-")[0], dims=self.dims, **{
-            f.name: getattr(run.config, f.name) for f in dataclasses.fields(Config) if f.metadata["stage"] in STAGES[stage]},
-            dataset=f"{data['name']} ({data['source']}, {data['transitions']:,} rows, mean return {data['return_mean']:.6g})",
-            **{f"{name}_id": checkpoint["id"] for name, checkpoint in (saved or {}).items()})
+        text = "{name} ({source}, {transitions:,} rows, mean return {return_mean:.6g})"
+        fields = [f.name for f in dataclasses.fields(Config) if f.metadata["stage"] in STAGES[stage]]
+        return dict(env=self.run.env, task=self.run.env.split("-")[0], dims=self.dims,
+                    dataset=text.format(**self.meta["dataset"]),
+                    **{name: getattr(self.run.config, name) for name in fields},
+                    **{f"{name}_id": checkpoint["id"] for name, checkpoint in (saved or {}).items()})
 
     def obtain(self, stage, saved=None):
         """The finished checkpoint of a stage: --teacher/--reward FILE, the run folder's, or trained now."""
@@ -875,10 +869,8 @@ class Pipeline:
             os.replace(path, path.with_suffix(f".{time.time():.0f}.old.pt"))
         if elsewhere or path.exists():
             checkpoint = load_checkpoint(path, stage, run.device)
-            same = depends               # of a model trained elsewhere the data and the schedule are its own affair
-            if elsewhere:
-                same = ["task", "dims", "history"] + [f for f in (
-                    "horizon", "channels", "kernel", "blocks", "patch", "embed") if stage == "teacher"]
+            net = ("horizon", "channels", "kernel", "blocks", "patch", "embed") if stage == "teacher" else ()
+            same = ("task", "dims", "history", *net) if elsewhere else depends     # its data are its affair
             refuse(path, [(name, checkpoint["depends"].get(name), depends[name]) for name in same],
                    "another file" if elsewhere else f"another --data or --out, or --retrain {stage}")
             if elsewhere or checkpoint["step"] == checkpoint["steps"]:
@@ -891,7 +883,7 @@ class Pipeline:
         print(f"{stage}: {sum(p.numel() for p in net.parameters()):,} parameters")
         with deferred_interrupt() as stop:
             fit(stage, net, loss_fn, run, dict(self.meta, depends=depends), stop)
-        with suppress(ImportError):      # ractd.py alone, or no matplotlib: no picture
+        with contextlib.suppress(ImportError):      # ractd.py alone, or no matplotlib: no picture
             from reproduce import plot_curves
             plot_curves(run.out)
         return load_checkpoint(path, stage, run.device)
@@ -902,76 +894,77 @@ def assess(run, saved, actor, name):
     run.out.mkdir(parents=True, exist_ok=True)
     policy = Policy(checkpoint, config, run.device)
     print(f"evaluation: {config.episodes} episodes, {policy.nfe} network call(s) per action", flush=True)
-    result = evaluate(policy, simulator(run.env, run.data), config.episodes, config.first_seed, config.history, config.execute)
-    timer = torch.utils.benchmark.Timer("policy(states, generators)", num_threads=torch.get_num_threads(), globals=dict(
-        policy=policy, states=np.zeros((1, config.history, checkpoint["dims"][0])), generators=[np.random.default_rng(0)]))
+    result = evaluate(policy, simulator(run.env, run.data), config.episodes, config.first_seed,
+                      config.history, config.execute)
+    states, generators = np.zeros((1, config.history, checkpoint["dims"][0])), [np.random.default_rng(0)]
+    timer = Timer("policy(states, generators)", globals=locals(), num_threads=torch.get_num_threads())
     data, returns, n = checkpoint["dataset"], np.array(result["returns"]), len(result["returns"])
-    scores = normalized_score(run.env, returns)
+    method = "teacher" if not policy.student else "RACTD" if checkpoint["config"]["reward_weight"] else "CTD"
+    scores, ms = normalized_score(run.env, returns), 1000 * timer.blocked_autorange().median
+    sem = scores.std(ddof=1) / n ** 0.5 if n > 1 else math.nan
     commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2> {os.devnull}")
     metrics = dict(
-        env=run.env, dataset=data, nfe=policy.nfe, init_noise=config.init_noise,
-        method="teacher" if not policy.student else "RACTD" if checkpoint["config"]["reward_weight"] else "CTD",
+        env=run.env, dataset=data, method=method, nfe=policy.nfe, init_noise=config.init_noise,
         episodes=n, seeds=list(range(config.first_seed, config.first_seed + n)), **result,
-        return_mean=returns.mean(), normalized_score_mean=scores.mean(),
-        normalized_score_sem=scores.std(ddof=1) / n ** 0.5 if n > 1 else math.nan, seed=checkpoint["config"]["seed"],
-        train_seconds={stage: c["seconds"] for stage, c in saved.items()},
-        ms_per_action=1000 * timer.blocked_autorange().median, device=str(run.device), git_commit=commit or None,
+        return_mean=returns.mean(), normalized_score_mean=scores.mean(), normalized_score_sem=sem,
+        seed=checkpoint["config"]["seed"], train_seconds={stage: c["seconds"] for stage, c in saved.items()},
+        ms_per_action=ms, device=str(run.device), git_commit=commit or None,
         versions=dict(ractd=VERSION, python=sys.version.split()[0], **{
             name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}))
     path = run.out / name.format(**metrics)
-    with replacing(path) as f:           # NaN is not JSON
-        f.write(json.dumps({k: None if v != v else v for k, v in metrics.items()}, indent=2, default=float).encode())
-    print(f"\n{run.env} on {data['name']} ({data['source']}{data['note']}), {n} episodes from seed {config.first_seed}\n"
-          f"{'':<32}   return    score  std. err.  ms/action")
-    for label, value in (("data, best episode", data["return_best"]), ("data, mean episode", data["return_mean"]),
-                         (f"{metrics['method']}, {policy.nfe} network call(s)", metrics["return_mean"])):
-        print(f"{label:<32}{value:9.0f}{normalized_score(run.env, value):9.1f}", end="" if label[0] != "d" else "\n")
-    print(f"{metrics['normalized_score_sem']:11.1f}{metrics['ms_per_action']:11.2f}")
+    metrics = {key: None if value != value else value for key, value in metrics.items()}     # JSON has no NaN
+    with replacing(path) as f:
+        f.write(json.dumps(metrics, indent=2, default=float).encode())
+    print(f"\n{run.env} on {data['name']} ({data['source']}{data['note']}), {n} episodes from seed "
+          f"{config.first_seed}\n{'':<32}   return    score  std. err.  ms/action")
+    for label, value, more in (
+            ("data, best episode", data["return_best"], ""), ("data, mean episode", data["return_mean"], ""),
+            (f"{method}, {policy.nfe} network call(s)", returns.mean(), f"{sem:11.1f}{ms:11.2f}")):
+        print(f"{label:<32}{value:9.0f}{normalized_score(run.env, value):9.1f}{more}")
     print(f"All numbers: {path}; training curves: {run.out / 'training.png'}")
 
 # ---- 10. Command line -----------------------------------------------------------------------------
 COMMANDS = {"data": "fetch or make the dataset and print what is in it",
             "teacher": "train the EDM diffusion teacher", "reward": "train the reward model (return-to-go)",
             "distill": "whatever of the above is missing, then the student, then its score",
-            "evaluate": "act with a saved student or teacher"}
-TABLES = {"bench": "time per action and per training step (Table 4), into bench.json",
-          "ablate": "one of the paper's ablations (Table 5), into ablate_<what>.json and .png",
-          "plot": "returns of data, teacher, CTD and RACTD (Figure 3), score against time, training curves",
-          "export": "a saved policy as one file that torch loads without this program"}     # all in reproduce.py
+            "evaluate": "act with a saved student or teacher",      # the others are in reproduce.py
+            "bench": "time per action and per training step (Table 4), into bench.json",
+            "ablate": "one of the paper's ablations (Table 5), into ablate_<what>.json and .png",
+            "plot": "returns of data, teacher, CTD and RACTD (Figure 3), score against time, training curves",
+            "export": "a saved policy as one file that torch loads without this program"}
 
 def build_parser():
     """One subparser per command; the hyperparameter flags are generated from Config."""
-    parser = argparse.ArgumentParser(prog="ractd.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    common = argparse.ArgumentParser(add_help=False)
+    add = common.add_argument
+    add("--env", help="one of " + ", ".join(ENVS) + "; optional with minari:ID")
+    add("--data", default="", help="FILE.hdf5 in D4RL's layout, minari:ID, or standin (default: the D4RL "
+        "file of --env, downloaded if need be; without a network a stand-in)")
+    add("--out", help="folder for everything written (default: runs/<env>)")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    add("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
+    add("--preset", choices=PRESETS, default="default", help="default: for two cores; paper: published sizes")
+    add("--save-every", type=float, default=30.0, help="seconds between checkpoints (default: 30)")
+    add("--teacher", metavar="FILE", help="use a teacher trained elsewhere")
+    add("--reward", metavar="FILE", help="use a reward model trained elsewhere")
+    add("--retrain", choices=STAGES, action="append", default=[], help="train anew; the old file is kept")
+    for f in dataclasses.fields(Config):
+        kind, many, choices = (int, "+", None) if f.type is tuple else (f.type, None, f.metadata["choices"])
+        add("--" + f.name.replace("_", "-"), dest="config_" + f.name, type=kind, nargs=many, choices=choices,
+            metavar=None if choices else kind.__name__.upper(),
+            help=f"{f.metadata['stage']}: {f.metadata['help']} (default: {f.default})")
+    parser = argparse.ArgumentParser(prog="ractd.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command, text in (COMMANDS | TABLES).items():
-        p = commands.add_parser(command, help=text, description=f"{text} [in brackets: the released value]", allow_abbrev=False)
-        add = p.add_argument
-        add("--env", help="one of " + ", ".join(ENVS) + "; optional with minari:ID")
-        add("--data", default="", help="FILE.hdf5 in D4RL's layout, minari:ID, or standin (default: the D4RL "
-            "file of --env, downloaded if need be; without a network a stand-in)")
-        add("--out", help="folder for everything written (default: runs/<env>)")
-        add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-        add("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
-        add("--preset", choices=PRESETS, default="default", help="default: for two cores; paper: published sizes, schedule")
-        add("--save-every", type=float, default=30.0, help="seconds between checkpoints (default: 30)")
-        add("--teacher", metavar="FILE", help="use a teacher trained elsewhere")
-        add("--reward", metavar="FILE", help="use a reward model trained elsewhere")
-        add("--retrain", choices=STAGES, action="append", default=[], help="train anew; the old file is kept")
-        if command in ("teacher", "reward", "distill"):
-            add("--dry-run", action="store_true", help="five steps of each stage, thrown away, and the total time")
-        if command in ("evaluate", "export"):
-            add("--model", choices=("student", "teacher"), default="student", help="who acts (default: student)")
-        if command == "evaluate":
-            add("--video", metavar="FILE.gif", help="draw the first episode, where MuJoCo can draw")
-        if command == "ablate":
-            add("--what", required=True, choices=("reward-stage", "reward-weight", "losses", "nfe", "init-noise"))
-        if command == "export":
-            add("file", nargs="?", help="file to write (default: <out>/policy.pt2)")
-        for f in dataclasses.fields(Config):
-            many, choices = dict(nargs="+", type=int) if f.type is tuple else dict(type=f.type), f.metadata["choices"]
-            add("--" + f.name.replace("_", "-"), dest="config_" + f.name, choices=choices, **many,
-                metavar=None if choices else many["type"].__name__.upper(),
-                help=f"{f.metadata['stage']}: {f.metadata['help']} (default: {f.default})")
+    add = {name: commands.add_parser(
+        name, help=text, description=f"{text} [in brackets: the released value]", parents=[common],
+        allow_abbrev=False).add_argument for name, text in COMMANDS.items()}
+    for name in ("teacher", "reward", "distill"):
+        add[name]("--dry-run", action="store_true", help="five steps of each stage, and the time of all")
+    for name in ("evaluate", "export"):
+        add[name]("--model", choices=("student", "teacher"), default="student", help="default: student")
+    add["evaluate"]("--video", metavar="FILE.gif", help="draw the first episode, where MuJoCo can draw")
+    add["ablate"]("--what", required=True, choices="reward-stage reward-weight losses nfe init-noise".split())
+    add["export"]("file", nargs="?", help="file to write (default: <out>/policy.pt2)")
     return parser
 
 def resolve(run):
@@ -984,15 +977,15 @@ def resolve(run):
     if not run.env and run.data.startswith("minari:"):
         run.env = run.data.removeprefix("minari:")
     elif run.env not in ENVS:
-        near = sorted(ENVS, key=lambda name: -difflib.SequenceMatcher(None, name, run.env or "").ratio())
-        raise UserError(f"--env {run.env or '(missing)'} is unknown; known, nearest first: " + ", ".join(near))
+        near = difflib.get_close_matches(run.env or "", ENVS, len(ENVS), 0)
+        raise UserError(f"--env {run.env or '(missing)'} is unknown; nearest first: " + ", ".join(near))
     if "reward_weight" not in run.given and run.env in ENVS:
         config.reward_weight = ENVS[run.env]
     try:
         run.device = torch.device(run.device)
         torch.zeros(1, device=run.device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {run.device} cannot be used ({str(error).splitlines()[0]}); try cpu") from None
+        raise UserError(f"--device {run.device}: {str(error).splitlines()[0]}; try cpu") from None
     torch.set_num_threads(min(run.threads, 1024) if run.threads > 0 else torch.get_num_threads())
     run.out = Path(run.out or Path("runs") / run.env.replace("/", "-"))
 
@@ -1039,13 +1032,14 @@ def main(argv=None):
             if run.video:
                 import reproduce
                 reproduce.video(run, saved)
-        elif run.command in TABLES:
+        elif run.command in ("teacher", "reward", "distill"):
+            train(run)
+        else:
             import reproduce
             getattr(reproduce, run.command)(run)
-        else:
-            train(run)
     except (UserError, OSError, ImportError) as error:
-        print("ractd.py:", error, f"(in {run.out}; nothing saved is lost)" * isinstance(error, OSError), file=sys.stderr)
+        lost = f"(in {run.out}; nothing saved is lost)" * isinstance(error, OSError)
+        print("ractd.py:", error, lost, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import nn
 from ractd import (
-    STAGES, TASKS, Config, Pipeline, Policy, RewardModel, UNet1d, UserError, assess, deferred_interrupt,
-    denoise, edm_loss, episode_begins, evaluate, fit, frozen, load_checkpoint, load_reward_model,
-    lognormal_levels, make_unet, normalized_score, read_log, recall, replacing, reward_loss, simulator,
-    train_step)
+    STAGES, TASKS, Pipeline, Policy, RewardModel, UNet1d, UserError, assemble, assess,
+    deferred_interrupt, denoise, edm_loss, episode_begins, evaluate, fit, frozen, load_checkpoint,
+    load_reward_model, lognormal_levels, make_unet, normalized_score, read_log, recall, replacing,
+    reward_loss, simulator, train_step)
 
 # ---- 1. Data: D4RL's files, or where there is no network the same simulator, searched by linear policies --
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
@@ -63,6 +63,22 @@ def fetch_d4rl(env):
         print(f"{path.name} is not in {folder} and cannot be downloaded ({error}).\nA stand-in is made or "
               "reused: Augmented Random Search in the same simulator. Scores on it are NOT\ncomparable with "
               "the paper's. For the real data, put the file into that folder.")
+
+def read_minari(dataset_id, source):
+    """A Minari dataset of Box observations and actions: a local one, or through minari's download."""
+    import minari
+    try:
+        missing = dataset_id not in minari.list_local_datasets()
+        episodes = list(minari.load_dataset(dataset_id, download=missing).iterate_episodes())
+        # an episode holds one observation more than actions: the last one, on which nobody acted
+        arrays = [np.concatenate([getattr(e, key)[:len(e.rewards)] for e in episodes])
+                  for key in ("observations", "actions", "rewards", "terminations", "truncations")]
+    except Exception as error:           # many types: bad id, no network, missing extra, spaces of dicts
+        raise UserError(
+            f"{dataset_id!r} cannot be read ({type(error).__name__}: {error}); observations and actions must "
+            "be Box, and a remote dataset needs a network and `pip install 'minari[hf,gcs]'`") from None
+    arrays[4][np.cumsum([len(e.rewards) for e in episodes]) - 1] = True      # also where it was cut off
+    return assemble(dataset_id, source, *arrays)
 
 # task -> directions tried and used, step, noise and survival bonus of the search, search steps per kept step
 SEARCH = {"hopper": (8, 4, 0.02, 0.025, 1.0, 1), "walker2d": (20, 10, 0.03, 0.025, 1.0, 3),
@@ -138,18 +154,23 @@ def make_standin(env, transitions=200_000):
     return dataset_id
 
 # ---- 2. Trained models and their scores, made once -----------------------------------------------------
+def values(config, stage):
+    """The hyperparameters of one part of the program: name -> value."""
+    fields = [f.name for f in dataclasses.fields(config) if f.metadata["stage"] == stage]
+    return {name: getattr(config, name) for name in fields}
+
 def variant(pipeline, saved, changes):
     """The student with `changes` of Config -> (its run, checkpoints); trained if it is not there.
 
-    saved: stage -> checkpoint of the teacher and the reward model, which all variants share. A change of how to
-    act alone needs no training; others have a folder of their own, named after them, under <out>/variants.
+    saved: stage -> checkpoint of the teacher and the reward model, which all variants share. A change of how
+    to act alone needs no training; others have a folder of their own, named after them, under <out>/variants.
     """
     pipeline = copy.copy(pipeline)
     base = pipeline.run
     run = pipeline.run = copy.copy(base)
     run.config = dataclasses.replace(base.config, **changes)
-    trained = [f"{f.name}={getattr(run.config, f.name)}" for f in dataclasses.fields(Config)
-               if f.metadata["stage"] == "student" and getattr(run.config, f.name) != getattr(base.config, f.name)]
+    trained = [f"{name}={value}" for name, value in values(run.config, "student").items()
+               if value != getattr(base.config, name)]
     if trained:
         run.out = base.out / "variants" / "-".join(trained)
     used = {stage: c for stage, c in saved.items() if stage == "teacher" or run.config.reward_weight}
@@ -157,26 +178,27 @@ def variant(pipeline, saved, changes):
 
 def score(run, saved, actor="student"):
     """The metrics of one saved model acting as run.config says: from their file, or measured now."""
-    how = "-".join(f"{f.name}={getattr(run.config, f.name):g}" for f in dataclasses.fields(Config)
-                   if f.metadata["stage"] == "acting")
+    how = "-".join(f"{name}={value:g}" for name, value in values(run.config, "acting").items())
     name = f"scores/{actor}-{saved[actor]['id']}-{how}.json"
     if not (run.out / name).exists():
         assess(run, saved, actor, name)
     return json.loads((run.out / name).read_text())
 
 def points(env, returns):
-    """Returns of episodes -> (mean, standard error, unit): D4RL scores, or returns where env has no reference."""
-    values, unit = normalized_score(env, np.array(returns)), "normalised score"
-    if not np.isfinite(values).all():
-        values, unit = np.array(returns), "return"
-    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0, unit
+    """Returns of episodes -> (mean, standard error, unit): D4RL scores; returns, if env has no reference."""
+    results, unit = normalized_score(env, np.array(returns)), "normalised score"
+    if not np.isfinite(results).all():
+        results, unit = np.array(returns), "return"
+    sem = results.std(ddof=1) / len(results) ** 0.5 if len(results) > 1 else 0.0
+    return float(results.mean()), float(sem), unit
 
 def write_json(path, value):
     """Numbers as JSON, whole or not at all."""
     with replacing(path) as f:
         f.write(json.dumps(value, indent=2, default=float).encode())
 
-COLORS = dict(data="#999999", teacher="#E69F00", CTD="#0072B2", RACTD="#D55E00")  # Okabe and Ito: for all eyes
+# Okabe and Ito's, for all eyes
+COLORS = dict(data="#999999", teacher="#E69F00", CTD="#0072B2", RACTD="#D55E00")
 
 def canvas(width, height, title, **options):
     """A figure that needs no screen, and its axes."""
@@ -221,7 +243,8 @@ def in_turns(calls, turns=50, seconds=0.01):
     for _ in range(turns):
         for name, call in calls.items():
             times[name] += [1000 * once(call) for _ in range(repeats[name])]
-    return {name: [float(np.median(v)), float(np.subtract(*np.percentile(v, (75, 25))))] for name, v in times.items()}
+    return {name: [float(np.median(v)), float(np.subtract(*np.percentile(v, (75, 25))))]
+            for name, v in times.items()}
 
 def network_passes(step):
     """Run step() and return a callable that repeats the network passes it made and nothing else.
@@ -231,8 +254,8 @@ def network_passes(step):
     passes = []
     def note(net, inputs):
         if isinstance(net, (UNet1d, RewardModel)):
-            passes.append((net, [x if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs],
-                           torch.is_grad_enabled()))
+            copies = [x if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs]
+            passes.append((net, copies, torch.is_grad_enabled()))
     hook = nn.modules.module.register_module_forward_pre_hook(note)
     step()
     hook.remove()
@@ -275,24 +298,27 @@ def bench(run):
     first = pipeline.dataset.observations[0]
     observations = np.tile(first, (128, config.history, 1))
     generators = [np.random.default_rng(i) for i in range(128)]
-    x, level = torch.zeros(1, *policies["student_1"].shape, device=run.device), torch.ones(1, device=run.device)
+    x, level = torch.zeros(1, *policies["student_1"].shape).to(run.device), torch.ones(1).to(run.device)
     state = torch.tensor(observations[:1], device=run.device).flatten(1)
     print("time per action", flush=True)
+    def act(policy, batch):
+        return lambda: policy(observations[:batch], generators[:batch])
     with torch.inference_mode():         # as a Policy does
-        one = in_turns({name: lambda p=p: p(observations[:1], generators[:1]) for name, p in policies.items()} | {
+        one = in_turns({name: act(policy, 1) for name, policy in policies.items()} | {
             "teacher": lambda: policies["teacher_80"].net(x, level, state),
             "student": lambda: policies["student_1"].net(x, level, state, level)})
-    many = in_turns({name: lambda p=p: p(observations, generators) for name, p in policies.items()}, turns=10)
+    many = in_turns({name: act(policy, 128) for name, policy in policies.items()}, turns=10)
     print("training steps", flush=True)
     train = {stage: training_speed(pipeline, saved, stage) for stage in STAGES}
     results = {}
     for name in SAMPLERS if "episodes" in run.given else ["student_1"]:
         print(f"{config.episodes} episodes of {name}", flush=True)
-        results[name] = evaluate(policies[name], simulator(run.env, run.data), config.episodes, config.first_seed,
-                                 config.history, config.execute)
+        results[name] = evaluate(policies[name], simulator(run.env, run.data), config.episodes,
+                                 config.first_seed, config.history, config.execute)
     scores = {name: points(run.env, result["returns"]) for name, result in results.items()}
     result = dict(
-        env=run.env, dataset=saved["student"]["dataset"], episodes=config.episodes, first_seed=config.first_seed,
+        env=run.env, dataset=saved["student"]["dataset"],
+        episodes=config.episodes, first_seed=config.first_seed,
         action_ms={name: one[name][0] for name in SAMPLERS},
         action_ms_iqr={name: one[name][1] for name in SAMPLERS},
         action_ms_of_batch_128={name: many[name][0] for name in SAMPLERS},
@@ -305,50 +331,56 @@ def bench(run):
         versions={name: importlib.metadata.version(name) for name in ("torch", "numpy", "mujoco")})
     write_json(run.out / "bench.json", result)
 
-    print(f"\n{run.env}, {result['device']}\n{'':12}calls  ms/action  +- IQR  of teacher_80  ms/action in 128  score")
+    print(f"\n{run.env}, {result['device']}\n"
+          f"{'':12}calls  ms/action  +- IQR  of teacher_80  ms/action in 128  score")
     for name, policy in policies.items():
         told = "{:7.1f} +- {:.1f}".format(*scores[name]) if name in scores else ""
         print(f"{name:12}{policy.nfe:5}{one[name][0]:11.2f}{one[name][1]:8.2f}"
               f"{one['teacher_80'][0] / one[name][0]:9.1f}x less{many[name][0] / 128:18.3f}{told}")
     teacher, student = result["forward_ms"].values()
-    print(f"bare network call: teacher {teacher:.2f} ms, student {student:.2f} ms, ratio {student / teacher:.2f}; "
+    print(f"bare network call: teacher {teacher:.2f} ms, student {student:.2f} ms, ratio "
+          f"{student / teacher:.2f}, {one['teacher_80'][0] / student:.0f}x less than teacher_80; "
           f"policy call {result['policy_ms'] / student:.2f} of the student's")
     for stage, t in train.items():
-        print(f"{stage:8}{t['parameters']:12,} parameters, batch {t['batch']}: {t['steps_per_s']:6.1f} steps/s, "
-              f"{t['network_share']:.2f} of a step in network passes")
-    print(f"{config.episodes} episodes of student_1: simulator {result['eval']['simulator_s']:.1f} s, network "
-          f"{result['eval']['network_s']:.1f} s; peak memory {result['peak_memory_mb']:.0f} MB")
+        print(f"{stage:8}{t['parameters']:12,} parameters, batch {t['batch']}: {t['steps_per_s']:6.1f} "
+              f"steps/s, {t['network_share']:.2f} of a step in network passes")
+    print(f"{config.episodes} episodes of student_1: simulator {result['eval']['simulator_s']:.1f} s, "
+          f"network {result['eval']['network_s']:.1f} s; peak memory {result['peak_memory_mb']:.0f} MB")
     print(f"All numbers: {run.out / 'bench.json'}")
 
 # ---- 4. ablate: Table 5 and the appendix ---------------------------------------------------------------
 PAPER = "paper, on D4RL's hopper-medium-replay"
-# what -> rows: label, changes of Config, the paper's score if it has one. Of the changes two are none of Config:
-# actor, who acts if not the student, and teacher="reward", which stands for `reward_teacher`
+# what -> rows: label, changes of Config, the paper's score if it has one. Two of the changes are none of
+# Config: actor, who acts if not the student, and teacher="reward", which stands for `reward_teacher`
 ABLATIONS = {
     "reward-stage": [("teacher plain, student plain (CTD)", dict(reward_weight=0.0), 50.8),
                      ("teacher with reward, student plain", dict(reward_weight=0.0, teacher="reward"), 109.5),
                      ("teacher with reward, student with reward", dict(teacher="reward"), 96.0),
                      ("teacher plain, student with reward (RACTD)", {}, 109.5)],
     "reward-weight": [(f"sigma = {w}", dict(reward_weight=w), paper) for w, paper in (
-        (0.0, 50.8), (0.1, None), (0.3, None), (0.5, None), (0.7, 108.4), (1.0, 109.5), (1.5, 50.5), (2.0, 17.0))],
+        (0.0, 50.8), (0.1, None), (0.3, None), (0.5, None),
+        (0.7, 108.4), (1.0, 109.5), (1.5, 50.5), (2.0, 17.0))],
     "losses": [("all three", {}, 109.5), ("without CTM", dict(ctm_weight=0.0), None),
-               ("without DSM", dict(dsm_weight=0.0), 1.5), ("without reward (CTD)", dict(reward_weight=0.0), 50.8),
+               ("without DSM", dict(dsm_weight=0.0), 1.5),
+               ("without reward (CTD)", dict(reward_weight=0.0), 50.8),
                ("without the anchor (Eq. 9 as it stands)", dict(anchor_weight=0.0), None),
                ("DSM of G(x_t, t, 0), Eq. 7", dict(dsm_target="jump"), None),
                ("DSM at the released noise", dict(dsm_noise="mixed"), None)],
-    "nfe": [(f"{n} network call(s)", dict(nfe=n), paper) for n, paper in ((1, 109.5), (2, 109.8), (4, 107.9))],
+    "nfe": [(f"{n} network call(s)", dict(nfe=n), paper)
+            for n, paper in ((1, 109.5), (2, 109.8), (4, 107.9))],
     "init-noise": [(f"{actor}, noise {s:g}", dict(actor=actor, init_noise=s), None)
                    for actor in ("teacher", "student") for s in (1.0, 5.0, 20.0, 80.0)]}
 
 def reward_teacher(pipeline, saved):
     """The "reward teacher": the teacher fine-tuned on Eq. 4 + sigma Eq. 8, as many steps as a student has.
 
-    R sees the first action of D(x_t, t), the one-step estimate that Eq. 4 makes anyway. -> (the run of what is
-    built on it, checkpoints)
+    R sees the first action of D(x_t, t), the one-step estimate that Eq. 4 makes anyway. -> (the run of what
+    is built on it, checkpoints)
     """
     run, batches = copy.copy(pipeline.run), pipeline.batches
-    config = run.config = dataclasses.replace(run.config, **{
-        f"teacher_{name}": getattr(run.config, f"student_{name}") for name in ("steps", "lr", "warmup", "decay")})
+    schedule = {name: getattr(run.config, f"student_{name}") for name in ("steps", "lr", "warmup", "decay")}
+    config = run.config = dataclasses.replace(
+        run.config, **{f"teacher_{name}": value for name, value in schedule.items()})
     run.out = run.out / "variants" / f"reward-teacher-{saved['teacher']['id']}-{saved['reward']['id']}"
     reward_model = load_reward_model(saved["reward"], batches.normalizer, run.device)
     net = make_unet(config, pipeline.dims).to(run.device)
@@ -363,8 +395,9 @@ def reward_teacher(pipeline, saved):
         reward, more = reward_loss(reward_model, state, estimates[0][:, 0])
         return loss + config.reward_weight * reward, info | more
     torch.manual_seed(config.seed)
+    meta = dict(pipeline.meta, depends=pipeline.depends("teacher", saved))
     with deferred_interrupt() as stop:
-        fit("teacher", net, loss_fn, run, dict(pipeline.meta, depends=pipeline.depends("teacher", saved)), stop)
+        fit("teacher", net, loss_fn, run, meta, stop)
     run.config = pipeline.run.config
     return run, dict(saved, teacher=load_checkpoint(run.out / "teacher.pt", "teacher", run.device))
 
@@ -389,14 +422,14 @@ def ablate(run):
     data, path = shared["teacher"]["dataset"], run.out / f"ablate_{run.what}.json"
     title = (f"{run.what}: {run.env} on {data['name']} ({data['source']})\n"
              f"{config.episodes} episodes from seed {config.first_seed}, training seed {config.seed}")
-    write_json(path, dict(what=run.what, env=run.env, dataset=data, seed=config.seed, episodes=config.episodes,
-                          first_seed=config.first_seed, rows=rows))
+    write_json(path, dict(what=run.what, env=run.env, dataset=data, seed=config.seed,
+                          episodes=config.episodes, first_seed=config.first_seed, rows=rows))
     print(f"\n{title}\n{'':44}calls  {unit}  std. err.   {PAPER}")
     for row in rows:
         print(f"{row['label']:44}{row['nfe']:5}{row['score']:13.1f}{row['sem']:15.1f}{row['paper'] or '':>9}")
     figure, axis = canvas(6, 1.5 + 0.32 * len(rows), title)
-    axis.barh([row["label"] for row in rows], [row["score"] for row in rows], xerr=[row["sem"] for row in rows],
-              color=COLORS["RACTD"], height=0.6)
+    labels, scores, sems = zip(*((row["label"], row["score"], row["sem"]) for row in rows))
+    axis.barh(labels, scores, xerr=sems, color=COLORS["RACTD"], height=0.6)
     if given := [(row["paper"], row["label"]) for row in rows if row["paper"] and unit != "return"]:
         axis.scatter(*zip(*given), marker="D", color=COLORS["CTD"], zorder=3, label=PAPER)
     axis.axvline(points(run.env, [data["return_mean"]])[0], color=COLORS["data"], linestyle="--",
@@ -431,7 +464,8 @@ def plot(run):
     results = {"teacher": score(run, shared, "teacher"),
                "CTD": score(*variant(pipeline, shared, dict(reward_weight=0.0))),
                "RACTD": score(*variant(pipeline, shared, {}))}
-    rows = [("data", f"data: {len(data.ends):,} episodes", np.add.reduceat(data.rewards, episode_begins(data.ends)))]
+    returns = np.add.reduceat(data.rewards, episode_begins(data.ends))
+    rows = [("data", f"data: {len(data.ends):,} episodes", returns)]
     rows += [(name, f"{name}: {n} episodes, {m['nfe']} network call(s) per action", m["returns"])
              for name, m in results.items()]
     bins = np.histogram_bin_edges(np.concatenate([returns for *_, returns in rows]), 40)
@@ -452,18 +486,20 @@ def plot(run):
     figure, axis = canvas(4.5, 3.2, f"{run.env}, {data.source}, {measured['episodes']} episodes")
     for name, (mean, sem, unit) in measured["score"].items():
         actor, ms = name.split("_")[0], measured["action_ms"][name]
-        axis.errorbar(ms, mean, sem, fmt="o", capsize=3, color=COLORS["teacher" if actor == "teacher" else "RACTD"],
+        axis.errorbar(ms, mean, sem, fmt="o", capsize=3,
+                      color=COLORS["teacher" if actor == "teacher" else "RACTD"],
                       label=actor if name in ("teacher_80", "student_1") else None)
         axis.annotate(measured["calls"][name], (ms, mean), (5, 4), textcoords="offset points", fontsize=8)
     axis.margins(x=0.1)
     axis.legend()
-    axis.set(xscale="log", xlabel=f"ms per action, {measured['device']}", ylabel=f"{unit} (number: network calls)")
+    axis.set(xscale="log", xlabel=f"ms per action, {measured['device']}",
+             ylabel=f"{unit} (number: network calls)")
     figure.savefig(run.out / "speed.png", dpi=150)
     print(f"picture: {run.out / 'speed.png'}")
 
 # ---- 6. export and video -------------------------------------------------------------------------------
 class Acting(nn.Module):
-    """A Policy as a module: observations (B, h, O) -> first actions (B, A), chunks (B, H, A), all in raw units."""
+    """A Policy as a module: observations (B, h, O) -> first actions (B, A), chunks (B, H, A); raw units."""
     def __init__(self, policy):
         super().__init__()
         self.net, self.policy = policy.net, policy
@@ -479,7 +515,8 @@ def export(run):
     path = Path(run.file or run.out / "policy.pt2")
     size = len(policy.normalizer.tables["obs"][0])
     example = torch.zeros(2, run.config.history, size, device=run.device)
-    program = torch.export.export(Acting(policy), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    program = torch.export.export(Acting(policy), (example,),
+                                  dynamic_shapes=({0: torch.export.Dim("batch")},))
     with replacing(path) as f:
         torch.export.save(program, f)
     print(f"{path}: observations (B, {run.config.history}, {size}) -> first action (B, {policy.shape[1]}), "
@@ -495,8 +532,9 @@ def video(run, saved):
         evaluate(policy, lambda: env, 1, run.config.first_seed, run.config.history, run.config.execute)
         frames = env.render()
     except Exception as error:           # many types, according to what of OpenGL is missing
-        raise UserError(f"MuJoCo cannot draw here ({type(error).__name__}: {error}); set MUJOCO_GL=egl where "
-                        "there is a graphics driver, MUJOCO_GL=osmesa after `apt install libosmesa6`") from None
+        raise UserError(
+            f"MuJoCo cannot draw here ({type(error).__name__}: {error}); set MUJOCO_GL=egl where there is a "
+            "graphics driver, MUJOCO_GL=osmesa after `apt install libosmesa6`") from None
     fps = env.metadata["render_fps"]
     skip = max(1, round(fps / 30))
     first, *others = [Image.fromarray(frame) for frame in frames[::skip]]
