@@ -19,7 +19,7 @@ Notation                                      | shapes, all normalised to [-1, 1
     G      the student's jump t -> k          |     sg        frozen: no gradient to these weights
 
 Sections 3-6 are the method: torch and the constants at the top. README.md: where paper and code differ.
-reproduce.py: stand-in data for machines without a network, and the paper's tables and figures.
+reproduce.py: D4RL's files, Minari, stand-ins; the paper's tables and figures. Without it: --data FILE.hdf5
 """
 
 import argparse, contextlib, copy, dataclasses, datetime, difflib, functools, hashlib  # noqa: E401
@@ -33,12 +33,10 @@ from torch.utils.benchmark import Timer
 # ---- 1. Configuration -----------------------------------------------------------------------------
 SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.02, 80.0, 0.5
 VERSION, NORMS = "0.1.0", ("squared", "pseudo-huber")    # NORMS: the choices of d
-# task -> simulator; returns that are D4RL's scores 0 (random) and 100 (expert); released sigma of each kind
-TASKS = {"hopper": ("Hopper-v4", -20.272305, 3234.3, (1.0, 1.0, 0.5)),
-         "walker2d": ("Walker2d-v4", 1.629008, 4592.3, (0.4, 0.5, 0.2)),
-         "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0, (0.5, 1.0, 0.0))}
-KINDS = ("medium", "medium-replay", "medium-expert")
-ENVS = {f"{task}-{kind}": sigma for task, row in TASKS.items() for kind, sigma in zip(KINDS, row[-1])}
+# task -> simulator; returns that are D4RL's scores 0 (random) and 100 (expert); reward weight sigma
+TASKS = {"hopper": ("Hopper-v4", -20.272305, 3234.3, 2.0), "walker2d": ("Walker2d-v4", 1.629008, 4592.3, 0.5),
+         "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0, 2.0)}
+ENVS = [f"{task}-{kind}" for task in TASKS for kind in ("medium", "medium-replay", "medium-expert")]
 
 class UserError(Exception):
     """Something the user can put right: printed as a sentence, exit code 2."""
@@ -83,7 +81,7 @@ class Config:
     target_decay: float = opt(0.99, "student", "EMA decay of the frozen target, which also acts [0]", 0, 1)
     ctm_weight: float = opt(1.0, "student", "alpha of Eq. 9 [1]", 0, 1e6)
     dsm_weight: float = opt(1.0, "student", "beta of Eq. 9 [1]", 0, 1e6)
-    reward_weight: float = opt(1.0, "student", "sigma of Eq. 9; 0 = CTD; default: released, by --env", 0, 1e6)
+    reward_weight: float = opt(1.0, "student", "sigma of Eq. 9; 0 = CTD; default: by task [0..1]", 0, 1e6)
     ctm_distance: str = opt("pseudo-huber", "student", "d of Eq. 5 [about squared]", choices=NORMS)
     dsm_target: str = opt("denoiser", "student", "x0 of Eq. 7 is for g(x_t, t, t), which keeps unequal "
                           "modes, or for G(x_t, t, 0) [jump]", choices=("denoiser", "jump"))
@@ -971,7 +969,8 @@ def resolve(run):
     """Check the parsed command line and put what it means in its place: config, given, env, out, device."""
     run.given = {key.removeprefix("config_"): tuple(value) if isinstance(value, list) else value
                  for key, value in vars(run).items() if key.startswith("config_") and value is not None}
-    config = run.config = Config(**{**PRESETS[run.preset], **run.given})
+    sigma = TASKS[run.env.split("-")[0]][-1] if run.env in ENVS else Config.reward_weight
+    config = run.config = Config(**PRESETS[run.preset] | {"reward_weight": sigma} | run.given)
     if run.command not in ("evaluate", "export"):        # there the saved model brings its own
         config.check()
     if not run.env and run.data.startswith("minari:"):
@@ -979,8 +978,6 @@ def resolve(run):
     elif run.env not in ENVS:
         near = difflib.get_close_matches(run.env or "", ENVS, len(ENVS), 0)
         raise UserError(f"--env {run.env or '(missing)'} is unknown; nearest first: " + ", ".join(near))
-    if "reward_weight" not in run.given and run.env in ENVS:
-        config.reward_weight = ENVS[run.env]
     try:
         run.device = torch.device(run.device)
         torch.zeros(1, device=run.device)
@@ -1008,7 +1005,8 @@ def recall(run):
     saved, asked = load_checkpoint(path, run.model, run.device), run.config
     if saved["dataset"]["source"] == "minari":       # acts where its data came from
         run.data = run.data or "minari:" + saved["dataset"]["name"]
-    run.config = dataclasses.replace(Config(**saved["config"]), episodes=asked.episodes)
+    run.config = dataclasses.replace(
+        Config(**saved["config"]), episodes=asked.episodes, first_seed=asked.first_seed)
     pairs = [("env", saved["env"], run.env)]
     for name, value in run.given.items():
         if Config.__dataclass_fields__[name].metadata["stage"] == "acting":
@@ -1038,8 +1036,9 @@ def main(argv=None):
             import reproduce
             getattr(reproduce, run.command)(run)
     except (UserError, OSError, ImportError) as error:
-        lost = f"(in {run.out}; nothing saved is lost)" * isinstance(error, OSError)
-        print("ractd.py:", error, lost, file=sys.stderr)
+        hint = f"(in {run.out}; nothing saved is lost)" * isinstance(error, OSError)
+        hint += "(needs requirements.txt, and reproduce.py beside it)" * isinstance(error, ImportError)
+        print("ractd.py:", error, hint, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

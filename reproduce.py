@@ -351,13 +351,14 @@ def bench(run):
 # ---- 4. ablate: Table 5 and the appendix ---------------------------------------------------------------
 PAPER = "paper, on D4RL's hopper-medium-replay"
 # what -> rows: label, changes of Config, the paper's score if it has one. Two of the changes are none of
-# Config: actor, who acts if not the student, and teacher="reward", which stands for `reward_teacher`
+# Config: actor, who acts if not the student, and teacher="reward", which stands for `reward_teacher`. The
+# reward weights are multiples of the task's own, as the paper's are of 1
 ABLATIONS = {
     "reward-stage": [("teacher plain, student plain (CTD)", dict(reward_weight=0.0), 50.8),
                      ("teacher with reward, student plain", dict(reward_weight=0.0, teacher="reward"), 109.5),
                      ("teacher with reward, student with reward", dict(teacher="reward"), 96.0),
                      ("teacher plain, student with reward (RACTD)", {}, 109.5)],
-    "reward-weight": [(f"sigma = {w}", dict(reward_weight=w), paper) for w, paper in (
+    "reward-weight": [(f"{w} of the default sigma", dict(reward_weight=w), paper) for w, paper in (
         (0.0, 50.8), (0.1, None), (0.3, None), (0.5, None),
         (0.7, 108.4), (1.0, 109.5), (1.5, 50.5), (2.0, 17.0))],
     "losses": [("all three", {}, 109.5), ("without CTM", dict(ctm_weight=0.0), None),
@@ -408,6 +409,8 @@ def ablate(run):
     for i, (label, changes, paper) in enumerate(ABLATIONS[run.what]):
         print(f"\n== {run.what}, row {i + 1} of {len(ABLATIONS[run.what])}: {label}", flush=True)
         changes, here, saved = dict(changes), copy.copy(pipeline), shared
+        if run.what == "reward-weight":
+            changes["reward_weight"] *= config.reward_weight
         if changes.pop("teacher", None):
             here.run, saved = reward_teacher(pipeline, shared)
         if changes.pop("actor", None) == "teacher":

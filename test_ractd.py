@@ -555,6 +555,14 @@ def test_a_saved_policy_acts_identically_without_the_dataset(run, monkeypatch):
     for how in (["--model=teacher"], ["--nfe=2"]):
         assert cli("evaluate", f"--out={out}", "--episodes=1", *how) == 0
 
+def test_episodes_and_seeds_are_the_command_lines_not_the_checkpoints(run):
+    out, _ = run
+    saved = torch.load(out / "student.pt")
+    saved["config"].update(first_seed=50, episodes=7)
+    torch.save(saved, out / "student.pt")
+    assert cli("evaluate", f"--out={out}", "--episodes=2") == 0
+    assert returns(out, "evaluate_RACTD_nfe1_noise1_from0_n2.json") == returns(out)[:2]
+
 def test_more_calls_than_grid_points_are_no_crash(run):
     assert cli("evaluate", f"--out={run[0]}", "--episodes=1", "--nfe=20") in (0, 2)
 
