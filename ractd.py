@@ -93,7 +93,7 @@ class Config:
     episodes: int = opt(20, "acting", "evaluation episodes; 100 for a report", 1, 100_000)
     first_seed: int = opt(0, "acting", "episode i has seed first_seed + i", 0)
     nfe: int = opt(1, "acting", "network calls per student sample [1]", 1, 80)
-    init_noise: float = opt(1.0, "acting", "scale of the initial noise; 80 = the model's own [1]", 0, 1e4)
+    init_noise: float = opt(20.0, "acting", "scale of the initial noise; 80 = the model's own [1]", 0, 1e4)
     teacher_points: int = opt(20, "acting", "levels n of the Heun sampler: 2 (n - 1) calls [80]", 2)
     execute: int = opt(1, "acting", "actions of a plan executed before the next plan [1]", 1)
 
@@ -541,7 +541,7 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
         s = (lognormal_levels if config.dsm_noise == "lognormal" else mixed_levels)(len(x0), x0.device)
         end = s if config.dsm_target == "denoiser" else zero
         jumps["dsm"] = (x0 + expand(s) * torch.randn_like(x0), s, end)
-    if config.reward_weight:             # G(x_T, T, 0), from the noise that it acts from by default
+    if config.reward_weight:             # G(x_T, T, 0), from little noise: the middle of its plans
         jumps["reward"] = (config.reward_noise * torch.randn_like(x0), torch.full_like(t, SIGMA_MAX), zero)
     x, start, end = (torch.cat(parts) for parts in zip(*jumps.values()))
     outputs = denoise(student, x, start, state.repeat(len(jumps), 1), end).split(len(x0))

@@ -523,7 +523,7 @@ def test_a_minari_dataset_is_distilled_and_acts_in_the_environment_that_it_recov
     out = next(Path("runs").glob("ractd*"))
     assert ractd.main(["evaluate", data, "--episodes=3"]) == 0
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["returns"] == returns(out, "evaluate_RACTD_nfe1_noise1_from0_n3.json")
+    assert metrics["returns"] == returns(out, "evaluate_RACTD_nfe1_noise20_from0_n3.json")
     assert metrics["dataset"]["source"] == "minari" and metrics["normalized_score_mean"] is None
 
 # ---- running -------------------------------------------------------------------------------------
@@ -551,7 +551,7 @@ def test_a_saved_policy_acts_identically_without_the_dataset(run, monkeypatch):
     monkeypatch.setattr(ractd, "load_dataset", None)
     for _ in range(2):
         assert cli("evaluate", f"--out={out}", "--episodes=3") == 0
-        assert returns(out, "evaluate_RACTD_nfe1_noise1_from0_n3.json") == returns(out)
+        assert returns(out, "evaluate_RACTD_nfe1_noise20_from0_n3.json") == returns(out)
     for how in (["--model=teacher"], ["--nfe=2"]):
         assert cli("evaluate", f"--out={out}", "--episodes=1", *how) == 0
 
@@ -561,7 +561,7 @@ def test_episodes_and_seeds_are_the_command_lines_not_the_checkpoints(run):
     saved["config"].update(first_seed=50, episodes=7)
     torch.save(saved, out / "student.pt")
     assert cli("evaluate", f"--out={out}", "--episodes=2") == 0
-    assert returns(out, "evaluate_RACTD_nfe1_noise1_from0_n2.json") == returns(out)[:2]
+    assert returns(out, "evaluate_RACTD_nfe1_noise20_from0_n2.json") == returns(out)[:2]
 
 def test_more_calls_than_grid_points_are_no_crash(run):
     assert cli("evaluate", f"--out={run[0]}", "--episodes=1", "--nfe=20") in (0, 2)
@@ -939,7 +939,7 @@ def test_a_full_disk_and_a_machine_without_git_lose_nothing(run, monkeypatch, ca
     monkeypatch.setenv("PATH", "")
     assert cli("evaluate", flags[0], f"--out={out / 'new' / 'folder'}",
                f"--teacher={out / 'teacher.pt'}", "--model=teacher", "--episodes=2") == 0
-    assert json.loads((out / "new/folder/evaluate_teacher_nfe4_noise1_from0_n2.json").read_text())["git_commit"] is None
+    assert json.loads((out / "new/folder/evaluate_teacher_nfe4_noise20_from0_n2.json").read_text())["git_commit"] is None
 
     def full(_):
         raise OSError(28, "No space left on device")
