@@ -81,7 +81,7 @@ class Config:
     target_decay: float = opt(0.99, "student", "EMA decay of the frozen target, which also acts [0]", 0, 1)
     ctm_weight: float = opt(1.0, "student", "alpha of Eq. 9 [1]", 0, 1e6)
     dsm_weight: float = opt(1.0, "student", "beta of Eq. 9 [1]", 0, 1e6)
-    reward_weight: float = opt(1.0, "student", "sigma of Eq. 9; 0 = CTD; default: by task [0..1]", 0, 1e6)
+    reward_weight: float = opt(1.0, "student", "sigma of Eq. 9, with --env 2 or 0.5; 0 = CTD [0..1]", 0, 1e6)
     ctm_distance: str = opt("pseudo-huber", "student", "d of Eq. 5 [about squared]", choices=NORMS)
     dsm_target: str = opt("denoiser", "student", "x0 of Eq. 7 is for g(x_t, t, t), which keeps unequal "
                           "modes, or for G(x_t, t, 0) [jump]", choices=("denoiser", "jump"))

@@ -493,10 +493,10 @@ def plot(run):
                       color=COLORS["teacher" if actor == "teacher" else "RACTD"],
                       label=actor if name in ("teacher_80", "student_1") else None)
         axis.annotate(measured["calls"][name], (ms, mean), (5, 4), textcoords="offset points", fontsize=8)
-    axis.margins(x=0.1)
+    axis.margins(0.12)
     axis.legend()
-    axis.set(xscale="log", xlabel=f"ms per action, {measured['device']}",
-             ylabel=f"{unit} (number: network calls)")
+    axis.set(xscale="log", xlabel=f"ms per action, {measured['device']}")
+    axis.set_ylabel(f"{unit} (number: network calls)", fontsize=9)
     figure.savefig(run.out / "speed.png", dpi=150)
     print(f"picture: {run.out / 'speed.png'}")
 
