@@ -1,4 +1,4 @@
-"""Tests of ractd.py and reproduce.py against oracles: python -m pytest -q test_ractd.py. Offline, two minutes."""
+"""Tests of ractd.py and reproduce.py against oracles: python -m pytest -q test_ractd.py. Offline."""
 
 import hashlib
 import http.server
@@ -739,12 +739,13 @@ def test_bench_writes_every_promised_number(run, monkeypatch):
     monkeypatch.setattr(reproduce, "in_turns", lambda calls, turns=1, real=reproduce.in_turns: real(calls, 2, 0))
     assert cli("bench", *flags) == 0
     bench = json.loads((out / "bench.json").read_text())
-    samplers = {"teacher_80": 158, "teacher_20": 38, "teacher_10": 18, "student_1": 1, "student_2": 2, "student_4": 4}
+    samplers = dict(teacher_80=158, teacher_20=38, teacher_10=18, student_1=1, student_2=2, student_4=4)
     assert bench["calls"] == samplers and bench["score"].keys() == bench["action_ms"].keys() == samplers.keys()
     assert bench["score"]["student_1"][0] == pytest.approx(
         json.loads((out / "metrics.json").read_text())["normalized_score_mean"])
     assert bench["action_ms"]["teacher_80"] > 10 * bench["action_ms"]["student_1"] == 10 * bench["policy_ms"]
-    assert bench["forward_ms"].keys() == {"teacher", "student"} and bench["forward_ms"]["student"] < bench["policy_ms"]
+    assert bench["forward_ms"].keys() == {"teacher", "student"}
+    assert bench["forward_ms"]["student"] < bench["policy_ms"]
     for stage in ractd.STAGES:
         assert 0 < bench["train"][stage]["network_share"] < 1.2 and bench["train"][stage]["steps_per_s"] > 0
     assert min(bench["eval"]["simulator_s"], bench["eval"]["network_s"]) > 0 and bench["peak_memory_mb"] > 50
@@ -790,8 +791,8 @@ def test_the_reward_teacher_plans_what_the_reward_model_likes_better(run):
     R = ractd.load_reward_model(ractd.load_checkpoint(out / "reward.pt", "reward", "cpu"),
                                 ractd.Normalizer(checkpoints[0]["normalizer"]), "cpu")
     state, noise = torch.rand(64, 11) - 0.5, torch.randn(64, 8, 3)
-    plain, better = (R(state, denoise(ractd.Policy(c, Config()).net, noise, torch.ones(64), state)[:, 0].clamp(-1, 1)).mean()
-                     for c in checkpoints)
+    plans = [denoise(ractd.Policy(c, Config()).net, noise, torch.ones(64), state) for c in checkpoints]
+    plain, better = (R(state, plan[:, 0].clamp(-1, 1)).mean() for plan in plans)
     assert better > plain + 0.01
 
 def test_plot_draws_three_pictures_once_bench_has_scores(run, capsys):
@@ -809,7 +810,8 @@ def test_an_exported_policy_acts_the_same_without_this_program(run, tmp_path, ho
     assert cli("export", f"--out={out}", *how, "policy.pt2") == 0
     observations = torch.randn(5, 1, 11)
     torch.save(observations, "observations.pt")
-    code = next(block for block in (SCRIPT.parent / "README.md").read_text().split("```") if "torch.export.load" in block)
+    blocks = (SCRIPT.parent / "README.md").read_text().split("```")
+    code = next(block for block in blocks if "torch.export.load" in block)
     code = code.removeprefix("python") + """torch.manual_seed(3)
 torch.save(policy(torch.load("observations.pt")), "actions.pt")"""
     subprocess.run([sys.executable, "-I", "-c", code], check=True)         # -I: no ractd.py on its path
@@ -825,7 +827,8 @@ def test_a_video_is_the_first_episode_or_a_sentence(run, monkeypatch, capsys):
     from gymnasium.envs.mujoco import MujocoEnv
     from PIL import Image
     frames = []
-    monkeypatch.setattr(MujocoEnv, "render", lambda self: frames.append(1) or np.full((240, 240, 3), len(frames), np.uint8))
+    monkeypatch.setattr(MujocoEnv, "render", lambda self: (
+        frames.append(1) or np.full((240, 240, 3), len(frames), np.uint8)))
     assert cli("evaluate", f"--out={run[0]}", "--episodes=2", "--video=a.gif") == 0
     length = json.loads((run[0] / "metrics.json").read_text())["lengths"][0]
     with Image.open("a.gif") as gif:
@@ -837,8 +840,10 @@ def test_a_video_is_the_first_episode_or_a_sentence(run, monkeypatch, capsys):
 def test_ractd_needs_no_other_file_to_train_and_act(trained, tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONPATH", raising=False)
     script = shutil.copy(SCRIPT, tmp_path / "ractd.py")
-    run = lambda *args: subprocess.run([sys.executable, script, *args, f"--env={ENV}", f"--data={trained[1]}", "--out=alone",  # noqa: E731
-                                        *FLAGS], text=True, capture_output=True)
+
+    def run(command):
+        return subprocess.run([sys.executable, script, command, f"--env={ENV}", f"--data={trained[1]}",
+                               "--out=alone", *FLAGS], text=True, capture_output=True)
     assert run("distill").returncode == 0 and same_weights("alone/student.pt", trained[0] / "student.pt")
     failed = run("bench")
     assert failed.returncode == 2 and "reproduce" in failed.stderr and "Traceback" not in failed.stderr
@@ -941,7 +946,8 @@ def test_a_full_disk_and_a_machine_without_git_lose_nothing(run, monkeypatch, ca
     monkeypatch.setenv("PATH", "")
     assert cli("evaluate", flags[0], f"--out={out / 'new' / 'folder'}",
                f"--teacher={out / 'teacher.pt'}", "--model=teacher", "--episodes=2") == 0
-    assert json.loads((out / "new/folder/evaluate_teacher_nfe4_noise20_from0_n2.json").read_text())["git_commit"] is None
+    metrics = json.loads((out / "new/folder/evaluate_teacher_nfe4_noise20_from0_n2.json").read_text())
+    assert metrics["git_commit"] is None
 
     def full(_):
         raise OSError(28, "No space left on device")
