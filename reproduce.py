@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from ractd import (
-    STAGES, TASKS, Pipeline, Policy, RewardModel, UNet1d, UserError, assemble, assess,
+    ENVS, STAGES, TASKS, Pipeline, Policy, RewardModel, UNet1d, UserError, assemble, assess,
     deferred_interrupt, denoise, edm_loss, episode_begins, evaluate, fit, frozen, load_checkpoint,
     load_reward_model, lognormal_levels, make_unet, normalized_score, read_log, recall, replacing,
     reward_loss, simulator, train_step)
@@ -530,8 +530,10 @@ def video(run, saved):
     from gymnasium.wrappers import RenderCollection
     from PIL import Image
     policy, make_env = Policy(saved, run.config, run.device), simulator(run.env, run.data)
+    camera = dict(camera_name="track") if run.env in ENVS else {}        # goes along with the body
     try:
-        env = RenderCollection(make_env(render_mode="rgb_array", width=240, height=240), pop_frames=False)
+        env = RenderCollection(make_env(render_mode="rgb_array", width=240, height=240, **camera),
+                               pop_frames=False)
         evaluate(policy, lambda: env, 1, run.config.first_seed, run.config.history, run.config.execute)
         frames = env.render()
     except Exception as error:           # many types, according to what of OpenGL is missing
