@@ -506,7 +506,7 @@ def test_without_a_network_a_stand_in_is_made_once_and_an_interrupt_leaves_nothi
     create = minari.create_dataset_from_buffers
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(minari, "create_dataset_from_buffers", lambda *args, **kwargs: (
-            create(*args, **kwargs), signal.raise_signal(signal.SIGINT)))
+            create(*args, **kwargs), signal.default_int_handler(signal.SIGINT, None)))
         reproduce.make_standin(ENV, 2000)
     assert not list((tmp_path / "MINARI_DATASETS_PATH").rglob("*.hdf5"))
     reproduce.make_standin(ENV, 2000)
@@ -525,6 +525,11 @@ def test_a_minari_dataset_is_distilled_and_acts_in_the_environment_that_it_recov
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["returns"] == returns(out, "evaluate_RACTD_nfe1_noise20_from0_n3.json")
     assert metrics["dataset"]["source"] == "minari" and metrics["normalized_score_mean"] is None
+    for command in (["ablate", "--what=nfe"], ["plot"]):
+        assert ractd.main([*command, data, *FLAGS]) == 0     # returns, where there is no score
+    rows = json.loads((out / "ablate_nfe.json").read_text())["rows"]
+    assert {row["unit"] for row in rows} == {"return"} and np.mean(metrics["returns"]) == rows[0]["score"]
+    assert "ractd/hopper" in capsys.readouterr().out and (out / "returns.png").exists()
 
 # ---- running -------------------------------------------------------------------------------------
 
