@@ -43,15 +43,15 @@ class UserError(Exception):
 
 def opt(default, stage, help, low=None, high=math.inf, choices=None):
     """A hyperparameter: default, the part of the program it belongs to, help, valid range."""
-    return dataclasses.field(default=default, metadata=dict(
-        stage=stage, help=help, low=low, high=high, choices=choices))
+    return dataclasses.field(default=default, metadata=locals())
 
 @dataclasses.dataclass
 class Config:
     """Every hyperparameter, each a command-line flag; [in brackets: paper or released code]."""
-    seed: int = opt(0, "data", "seed of everything but evaluation", 0, 2**63 - 1)
-    horizon: int = opt(16, "data", "c or H: actions in a planned chunk [16]", 1, 1024)
-    history: int = opt(1, "data", "h: last observations that a plan is conditioned on [1]", 1, 64)
+    seed: int = opt(0, "common", "seed of everything but evaluation", 0, 2**63 - 1)
+    horizon: int = opt(16, "common", "c or H: actions in a planned chunk [16]", 1, 1024)
+    history: int = opt(1, "common", "h: last observations that a plan is conditioned on [1]", 1, 64)
+    precision: str = opt("float32", "common", "training's matrix products", choices=("float32", "bfloat16"))
     channels: tuple = opt((64, 128), "network", "U-Net channels per level [512 1024 2048]")
     kernel: int = opt(3, "network", "U-Net convolution width, odd [5]", 1, 31)
     blocks: int = opt(1, "network", "residual blocks per U-Net level [2]", 1, 8)
@@ -134,10 +134,12 @@ class Dataset:
     def summary(self):
         """Counts and undiscounted episode returns, as plain numbers."""
         returns = np.add.reduceat(self.rewards.astype(np.float64), episode_begins(self.ends))
-        note = "" if self.source == "D4RL" else ": NOT comparable with the paper"
-        return dict(name=self.name, source=self.source, note=note, transitions=len(self.rewards),
-                    episodes=len(self.ends), return_best=float(returns.max()),
-                    return_mean=float(returns.mean()), return_worst=float(returns.min()))
+        arrays = self.observations, self.actions, self.rewards, self.ends, self.terminated
+        return dict(name=self.name, source=self.source, transitions=len(self.rewards),
+                    note="" if self.source == "D4RL" else ": NOT comparable with the paper",
+                    return_best=float(returns.max()), return_mean=float(returns.mean()),
+                    return_worst=float(returns.min()), episodes=len(self.ends),
+                    sha256=hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest())
 
     def __str__(self):
         text = ("data: {name} ({source}{note})\n      {transitions:,} transitions, {episodes:,} episodes, "
@@ -372,9 +374,9 @@ def warm_start(student, teacher):
     student.load_state_dict(weights)
 
 # ---- 4. EDM teacher (RACTD Eq. 4; Karras et al. 2022) ---------------------------------------------
-def karras_sigmas(n=80, smin=SIGMA_MIN, smax=SIGMA_MAX, rho=7.0):
+def karras_sigmas(n=80, smin=SIGMA_MIN, smax=SIGMA_MAX, rho=7.0, device="cpu"):
     """The noise grid, descending from smax to smin: (n,) float64 (Karras et al. 2022, Eq. 5)."""
-    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64, device=device)
     return (smax ** (1 / rho) + ramp * (smin ** (1 / rho) - smax ** (1 / rho))) ** rho
 
 def lognormal_levels(batch, device="cpu", mean=-1.2, std=1.2, smin=SIGMA_MIN, smax=SIGMA_MAX):
@@ -453,7 +455,7 @@ class RewardModel(nn.Module):
         x = torch.cat([state, action], dim=1)
         for layer in self.layers:
             x = layer(x) if isinstance(layer, nn.Linear) else x + layer(x)
-        return self.out(x).squeeze(1)
+        return self.out(x).squeeze(1).float()    # under autocast, too
 
 def reward_model_loss(prediction, returns_to_go):
     """Squared error of R, both (B,) -> (loss, info)."""
@@ -529,7 +531,7 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
     target, teacher, reward_model (any callable (state, action) -> (B,)): frozen; state (B, S), x0
     (B, H, A); config: the student's fields of Config. One student call serves all three losses.
     """
-    sigmas = karras_sigmas(config.grid_points).to(x0)
+    sigmas = karras_sigmas(config.grid_points, device=x0.device).to(x0)
     t, u, k = draw_jumps(len(x0), sigmas)
     zero = torch.full_like(t, SIGMA_MIN)
     x_t = x0 + expand(t) * torch.randn_like(x0)
@@ -651,6 +653,7 @@ def fit(stage, net, loss_fn, run, meta, stop=()):
     """
     average = frozen(copy.deepcopy(net))
     config, path, log = run.config, run.out / f"{stage}.pt", run.out / "log.jsonl"
+    loss_fn = torch.autocast(run.device.type, torch.bfloat16, config.precision == "bfloat16")(loss_fn)
     steps, lr, warmup, decay = (getattr(config, f"{stage}_{x}") for x in ("steps", "lr", "warmup", "decay"))
     optimizer = torch.optim.AdamW(net.parameters(), lr, (0.95, 0.999), weight_decay=decay, fused=True)
     parts, step, before = dict(net=net, ema=average, optimizer=optimizer), 0, 0.0
@@ -667,7 +670,7 @@ def fit(stage, net, loss_fn, run, meta, stop=()):
     with replacing(log) as f:            # without what will be logged again
         f.writelines((json.dumps(row) + "\n").encode() for row in rows)
     sums, mark, began, saved_at = {}, (time.time(), step), time.time(), time.time()
-    while step < steps and not stop:
+    while step < steps:
         optimizer.param_groups[0]["lr"] = lr * cosine(step, steps, warmup)
         ema_decay = config.target_decay if stage == "student" else min(0.9999, 1 - (1 + step) ** -0.75)
         info = train_step(net, average, optimizer, loss_fn, ema_decay)
@@ -677,9 +680,9 @@ def fit(stage, net, loss_fn, run, meta, stop=()):
         save = step == steps or stop or time.time() - saved_at > run.save_every
         if save or step % max(1, steps // 20) == 0:
             means = {name: float(v) / (step - mark[1]) for name, v in sums.items()}  # the only wait for CUDA
-            for name in (name for name, v in means.items() if not math.isfinite(v)):
-                raise UserError(f"{stage}: {name} is {means[name]} between steps {mark[1]:,} and {step:,}; "
-                                f"what was saved before stays in {path}; try a smaller --{stage}-lr")
+            if bad := [name for name, v in means.items() if not math.isfinite(v)]:
+                raise UserError(f"{stage}: {bad[0]} is {means[bad[0]]} between steps {mark[1]:,} and "
+                                f"{step:,}; what was saved before is in {path}; try a smaller --{stage}-lr")
             rate = (step - mark[1]) / (time.time() - mark[0])
             eta = f"{rate:6.1f} steps/s  ETA {datetime.timedelta(seconds=round((steps - step) / rate))}"
             numbers = "  ".join(f"{name} {v:7.4f}" for name, v in means.items())
@@ -698,9 +701,9 @@ def fit(stage, net, loss_fn, run, meta, stop=()):
                        buffer := io.BytesIO())           # torch has no clear error for a full disk
             with replacing(path) as f:
                 f.write(buffer.getbuffer())
-    if step < steps:
-        print(f"{stage}: stopped at step {step:,} and saved; the same command (less --retrain) goes on")
-        raise KeyboardInterrupt
+            if stop:
+                print(f"{stage}: stopped at step {step:,}, saved; the same command less --retrain goes on")
+                raise KeyboardInterrupt
 
 def read_log(out):
     """The rows of log.jsonl, less a last one that was cut short."""
@@ -733,7 +736,7 @@ class Policy:
         self.normalizer = Normalizer(checkpoint["normalizer"])
         self.shape = (saved.horizon, checkpoint["dims"][1])                      # (H, A)
         points = saved.grid_points if self.student else config.teacher_points
-        self.sigmas = karras_sigmas(points).to(device, torch.float32)
+        self.sigmas = karras_sigmas(points, device=device).float()
         self.nfe = config.nfe if self.student else 2 * (config.teacher_points - 1)
 
     @torch.inference_mode()              # a sixth faster at batch 1 than no_grad
@@ -792,12 +795,12 @@ def evaluate(policy, make_env, episodes=20, first_seed=0, history=1, execute=1):
 
 def normalized_score(env, value):
     """D4RL score of a return or an array: 0 = random policy, 100 = expert. NaN if env has no reference."""
-    _, random, expert, _ = TASKS.get(env.split("-")[0].lower(), (None, math.nan, math.nan, ()))
+    _, random, expert, _ = TASKS.get(env.split("-")[0], (None, math.nan, math.nan, None))
     return 100 * (value - random) / (expert - random)
 
 # ---- 9. The pipeline: data -> teacher, reward model -> student -> score ---------------------------
-STAGES = {"teacher": ("data", "network", "teacher"), "reward": ("data", "reward"),
-          "student": ("data", "network", "student")}     # stage -> parts of Config its checkpoint depends on
+STAGES = {"teacher": ("common", "network", "teacher"), "reward": ("common", "reward"),
+          "student": ("common", "network", "student")}   # stage -> parts of Config its checkpoint depends on
 
 def refuse(path, pairs, way_out):
     """Raise UserError if a checkpoint differs from what is asked; pairs: (name, saved, asked)."""
@@ -845,13 +848,13 @@ class Pipeline:
         teacher, student = frozen(make_unet(config, dims)), make_unet(config, dims, True, config.dropout)
         teacher.load_state_dict(saved["teacher"]["ema"])
         warm_start(student, teacher.to(device))
-        reward_model = config.reward_weight and load_reward_model(saved["reward"], batches.normalizer, device)
+        R = load_reward_model(saved["reward"], batches.normalizer, device) if config.reward_weight else None
         return student.to(device), lambda net, average: distillation_loss(
-            net, average, teacher, reward_model, *batches.windows(config.student_batch), config)
+            net, average, teacher, R, *batches.windows(config.student_batch), config)
 
     def depends(self, stage, saved):
         """Everything that a stage's checkpoint depends on, name -> value."""
-        text = "{name} ({source}, {transitions:,} rows, mean return {return_mean:.6g})"
+        text = "{name} ({source}, {transitions:,} rows, mean return {return_mean:.6g}, SHA-256 {sha256:.16})"
         fields = [f.name for f in dataclasses.fields(Config) if f.metadata["stage"] in STAGES[stage]]
         return dict(env=self.run.env, task=self.run.env.split("-")[0], dims=self.dims,
                     dataset=text.format(**self.meta["dataset"]),
@@ -868,8 +871,10 @@ class Pipeline:
         if elsewhere or path.exists():
             checkpoint = load_checkpoint(path, stage, run.device)
             net = ("horizon", "channels", "kernel", "blocks", "patch", "embed") if stage == "teacher" else ()
-            same = ("task", "dims", "history", *net) if elsewhere else depends     # its data are its affair
-            refuse(path, [(name, checkpoint["depends"].get(name), depends[name]) for name in same],
+            same = ("task", "dims", "history", "steps", *net) if elsewhere else depends   # not its data
+            was = checkpoint["config"] | checkpoint["depends"] | {"steps": checkpoint["step"]}
+            asked = depends | {"steps": checkpoint["steps"]}         # all that the file itself was to have
+            refuse(path, [(name, was.get(name), asked[name]) for name in same],
                    "another file" if elsewhere else f"another --data or --out, or --retrain {stage}")
             if elsewhere or checkpoint["step"] == checkpoint["steps"]:
                 print(f"{stage}: {path}, {checkpoint['step']:,} steps in {checkpoint['seconds']:.0f} s")
@@ -900,13 +905,13 @@ def assess(run, saved, actor, name):
     method = "teacher" if not policy.student else "RACTD" if checkpoint["config"]["reward_weight"] else "CTD"
     scores, ms = normalized_score(run.env, returns), 1000 * timer.blocked_autorange().median
     sem = scores.std(ddof=1) / n ** 0.5 if n > 1 else math.nan
-    commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2> {os.devnull}")
+    git = subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty 2>{os.devnull}")
     metrics = dict(
         env=run.env, dataset=data, method=method, nfe=policy.nfe, init_noise=config.init_noise,
         episodes=n, seeds=list(range(config.first_seed, config.first_seed + n)), **result,
         return_mean=returns.mean(), normalized_score_mean=scores.mean(), normalized_score_sem=sem,
         seed=checkpoint["config"]["seed"], train_seconds={stage: c["seconds"] for stage, c in saved.items()},
-        ms_per_action=ms, device=str(run.device), git_commit=commit or None,
+        ms_per_action=ms, device=str(run.device), git_commit=git or None,
         versions=dict(ractd=VERSION, python=sys.version.split()[0], **{
             name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}))
     path = run.out / name.format(**metrics)
@@ -919,7 +924,7 @@ def assess(run, saved, actor, name):
             ("data, best episode", data["return_best"], ""), ("data, mean episode", data["return_mean"], ""),
             (f"{method}, {policy.nfe} network call(s)", returns.mean(), f"{sem:11.1f}{ms:11.2f}")):
         print(f"{label:<32}{value:9.0f}{normalized_score(run.env, value):9.1f}{more}")
-    print(f"All numbers: {path}; training curves: {run.out / 'training.png'}")
+    print(f"All numbers: {path}")
 
 # ---- 10. Command line -----------------------------------------------------------------------------
 COMMANDS = {"data": "fetch or make the dataset and print what is in it",
@@ -943,9 +948,9 @@ def build_parser():
     add("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
     add("--preset", choices=PRESETS, default="default", help="default: for two cores; paper: published sizes")
     add("--save-every", type=float, default=30.0, help="seconds between checkpoints (default: 30)")
-    add("--teacher", metavar="FILE", help="use a teacher trained elsewhere")
-    add("--reward", metavar="FILE", help="use a reward model trained elsewhere")
-    add("--retrain", choices=STAGES, action="append", default=[], help="train anew; the old file is kept")
+    add("--teacher", metavar="FILE", help="a teacher trained elsewhere; flags of its training are ignored")
+    add("--reward", metavar="FILE", help="a reward model trained elsewhere, likewise")
+    add("--retrain", choices=STAGES, action="append", default=[], help="with the student; old files are kept")
     for f in dataclasses.fields(Config):
         kind, many, choices = (int, "+", None) if f.type is tuple else (f.type, None, f.metadata["choices"])
         add("--" + f.name.replace("_", "-"), dest="config_" + f.name, type=kind, nargs=many, choices=choices,
@@ -957,9 +962,10 @@ def build_parser():
         name, help=text, description=f"{text} [in brackets: the released value]", parents=[common],
         allow_abbrev=False).add_argument for name, text in COMMANDS.items()}
     for name in ("teacher", "reward", "distill"):
-        add[name]("--dry-run", action="store_true", help="five steps of each stage, and the time of all")
+        add[name]("--dry-run", action="store_const", const="dry_run", dest="command",
+                  default=argparse.SUPPRESS, help="five steps of each stage, and the time of all")
     for name in ("evaluate", "export"):
-        add[name]("--model", choices=("student", "teacher"), default="student", help="default: student")
+        add[name]("--model", choices=("student", "teacher"), help="default: student; with --teacher: teacher")
     add["evaluate"]("--video", metavar="FILE.gif", help="draw the first episode, where MuJoCo can draw")
     add["ablate"]("--what", required=True, choices="reward-stage reward-weight losses nfe init-noise".split())
     add["export"]("file", nargs="?", help="file to write (default: <out>/policy.pt2)")
@@ -985,13 +991,11 @@ def resolve(run):
         raise UserError(f"--device {run.device}: {str(error).splitlines()[0]}; try cpu") from None
     torch.set_num_threads(min(run.threads, 1024) if run.threads > 0 else torch.get_num_threads())
     run.out = Path(run.out or Path("runs") / run.env.replace("/", "-"))
+    run.retrain += ["student"] * bool(run.retrain)
 
 def train(run):
     """`teacher`, `reward`; `distill`: whatever is missing of both, the student, its score."""
     pipeline, saved = Pipeline(run), {}
-    if run.dry_run:
-        from reproduce import dry_run
-        return dry_run(pipeline)
     if run.command != "distill":
         return pipeline.obtain(run.command)
     for stage in ("teacher", "reward") if run.config.reward_weight else ("teacher",):
@@ -1001,18 +1005,16 @@ def train(run):
 
 def recall(run):
     """The checkpoint that --model names: it brings its configuration, the command line how to act with it."""
+    run.model = run.model or ("teacher" if run.teacher else "student")
     path = getattr(run, run.model, None) or run.out / f"{run.model}.pt"
     saved, asked = load_checkpoint(path, run.model, run.device), run.config
     if saved["dataset"]["source"] == "minari":       # acts where its data came from
         run.data = run.data or "minari:" + saved["dataset"]["name"]
-    run.config = dataclasses.replace(
-        Config(**saved["config"]), episodes=asked.episodes, first_seed=asked.first_seed)
-    pairs = [("env", saved["env"], run.env)]
-    for name, value in run.given.items():
-        if Config.__dataclass_fields__[name].metadata["stage"] == "acting":
-            setattr(run.config, name, value)
-        pairs.append((name, getattr(run.config, name), value))
-    refuse(path, pairs, "no such flag, or another --out")
+    acting = ["episodes", "first_seed"] + [
+        name for name in run.given if Config.__dataclass_fields__[name].metadata["stage"] == "acting"]
+    run.config = dataclasses.replace(Config(**saved["config"]), **{x: getattr(asked, x) for x in acting})
+    pairs = [(name, getattr(run.config, name), value) for name, value in run.given.items()]
+    refuse(path, [("env", saved["env"], run.env), *pairs], "no such flag, or another --out")
     run.config.check()
     return saved
 
@@ -1036,9 +1038,8 @@ def main(argv=None):
             import reproduce
             getattr(reproduce, run.command)(run)
     except (UserError, OSError, ImportError) as error:
-        hint = f"(in {run.out}; nothing saved is lost)" * isinstance(error, OSError)
-        hint += "(needs requirements.txt, and reproduce.py beside it)" * isinstance(error, ImportError)
-        print("ractd.py:", error, hint, file=sys.stderr)
+        print("ractd.py:", error, "(nothing saved is lost)" * isinstance(error, OSError),
+              "(needs requirements.txt and reproduce.py)" * isinstance(error, ImportError), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from ractd import (
-    ENVS, STAGES, TASKS, Pipeline, Policy, RewardModel, UNet1d, UserError, assemble, assess,
+    DISTANCES, ENVS, STAGES, TASKS, Pipeline, Policy, RewardModel, UNet1d, UserError, assemble, assess,
     deferred_interrupt, denoise, edm_loss, episode_begins, evaluate, fit, frozen, load_checkpoint,
     load_reward_model, lognormal_levels, make_unet, normalized_score, read_log, recall, replacing,
     reward_loss, simulator, train_step)
@@ -174,11 +174,14 @@ def variant(pipeline, saved, changes):
     if trained:
         run.out = base.out / "variants" / "-".join(trained)
     used = {stage: c for stage, c in saved.items() if stage == "teacher" or run.config.reward_weight}
-    return run, dict(used, student=pipeline.obtain("student", used))
+    student = pipeline.obtain("student", used)
+    if not trained:
+        base.retrain = []                # once is enough, however many rows act with it
+    return run, dict(used, student=student)
 
 def score(run, saved, actor="student"):
     """The metrics of one saved model acting as run.config says: from their file, or measured now."""
-    how = "-".join(f"{name}={value:g}" for name, value in values(run.config, "acting").items())
+    how = "-".join(f"{name}={value}" for name, value in values(run.config, "acting").items())
     name = f"scores/{actor}-{saved[actor]['id']}-{how}.json"
     if not (run.out / name).exists():
         assess(run, saved, actor, name)
@@ -208,9 +211,9 @@ def canvas(width, height, title, **options):
     return figure, figure.subplots(**options)
 
 # ---- 3. How long it takes: --dry-run, and bench (Table 4) -----------------------------------------------
-def dry_run(pipeline):
+def dry_run(run):
     """`--dry-run`: five steps of every stage in a folder that is thrown away, and the time of the whole."""
-    run, config, saved, total = pipeline.run, pipeline.run.config, {}, 0.0
+    pipeline, config, saved, total = Pipeline(run), run.config, {}, 0.0
     run.teacher = run.reward = None
     print(json.dumps(dataclasses.asdict(config), indent=2))
     with tempfile.TemporaryDirectory() as folder:
@@ -271,11 +274,12 @@ def training_speed(pipeline, saved, stage):
     """Steps per second of one stage, and the share of a step that its network passes take."""
     config = pipeline.run.config
     net, loss_fn = pipeline.build(stage, saved)
+    half = torch.autocast(pipeline.run.device.type, torch.bfloat16, config.precision == "bfloat16")
     average = frozen(copy.deepcopy(net))
     optimizer = torch.optim.AdamW(net.parameters(), 1e-5, fused=True)
     def step():
-        train_step(net, average, optimizer, loss_fn, 0.99)
-    times = in_turns({"step": step, "passes": network_passes(step)})
+        train_step(net, average, optimizer, half(loss_fn), 0.99)
+    times = in_turns({"step": step, "passes": half(network_passes(step))})
     return dict(steps_per_s=1000 / times["step"][0], step_ms=times["step"], passes_ms=times["passes"],
                 network_share=times["passes"][0] / times["step"][0], batch=getattr(config, f"{stage}_batch"),
                 parameters=sum(p.numel() for p in net.parameters()))
@@ -382,7 +386,9 @@ def reward_teacher(pipeline, saved):
     schedule = {name: getattr(run.config, f"student_{name}") for name in ("steps", "lr", "warmup", "decay")}
     config = run.config = dataclasses.replace(
         run.config, **{f"teacher_{name}": value for name, value in schedule.items()})
-    run.out = run.out / "variants" / f"reward-teacher-{saved['teacher']['id']}-{saved['reward']['id']}"
+    depends = pipeline.depends("teacher", saved) | values(config, "student")
+    key = hashlib.sha256(repr(sorted(depends.items())).encode()).hexdigest()[:16]
+    run.out = run.out / "variants" / f"reward-teacher-{key}"
     reward_model = load_reward_model(saved["reward"], batches.normalizer, run.device)
     net = make_unet(config, pipeline.dims).to(run.device)
     net.load_state_dict(saved["teacher"]["ema"])
@@ -392,11 +398,12 @@ def reward_teacher(pipeline, saved):
         def denoiser(x, t):
             estimates.append(denoise(net, x, t, state))
             return estimates[0]
-        loss, info = edm_loss(denoiser, x0, lognormal_levels(len(x0), run.device), torch.randn_like(x0))
+        loss, info = edm_loss(denoiser, x0, lognormal_levels(len(x0), run.device), torch.randn_like(x0),
+                              DISTANCES[config.teacher_distance])
         reward, more = reward_loss(reward_model, state, estimates[0][:, 0])
         return loss + config.reward_weight * reward, info | more
     torch.manual_seed(config.seed)
-    meta = dict(pipeline.meta, depends=pipeline.depends("teacher", saved))
+    meta = dict(pipeline.meta, depends=depends)
     with deferred_interrupt() as stop:
         fit("teacher", net, loss_fn, run, meta, stop)
     run.config = pipeline.run.config
@@ -458,6 +465,7 @@ def plot_curves(out):
         else:
             axis.text(0.1, 0.5, "not trained here")
     figure.savefig(out / "training.png", dpi=110)
+    print(f"training curves: {out / 'training.png'}")
 
 def plot(run):
     """`plot`: returns.png (Figure 3), speed.png (if bench.json has scores) and training.png."""
@@ -481,7 +489,7 @@ def plot(run):
     axes[-1].set_xlabel("return of an episode (dotted: mean)")
     figure.savefig(run.out / "returns.png", dpi=150)
     plot_curves(run.out)
-    print(f"pictures: {run.out / 'returns.png'}, {run.out / 'training.png'}")
+    print(f"picture: {run.out / 'returns.png'}")
     path = run.out / "bench.json"
     measured = json.loads(path.read_text()) if path.exists() else {"score": {}}
     if len(measured["score"]) < 2:

@@ -568,8 +568,24 @@ def test_episodes_and_seeds_are_the_command_lines_not_the_checkpoints(run):
     assert cli("evaluate", f"--out={out}", "--episodes=2") == 0
     assert returns(out, "evaluate_RACTD_nfe1_noise20_from0_n2.json") == returns(out)[:2]
 
-def test_more_calls_than_grid_points_are_no_crash(run):
-    assert cli("evaluate", f"--out={run[0]}", "--episodes=1", "--nfe=20") in (0, 2)
+def test_more_calls_than_grid_points_act_too(run):
+    assert cli("evaluate", f"--out={run[0]}", "--episodes=1", "--nfe=20") == 0
+    assert len(returns(run[0], "evaluate_RACTD_nfe20_noise20_from0_n1.json")) == 1
+
+def test_older_observations_and_several_actions_of_a_plan_go_through_all_commands(trained):
+    flags = [f"--data={trained[1]}", *FLAGS, "--history=2", "--execute=3", "--out=new"]
+    assert cli("distill", *flags) == 0 == cli("evaluate", "--out=new", "--episodes=3")
+    assert returns(Path("new")) == returns(Path("new"), "evaluate_RACTD_nfe1_noise20_from0_n3.json")
+    assert cli("export", "--out=new", "p.pt2") == 0
+    action, chunk = torch.export.load("p.pt2").module()(torch.zeros(5, 2, 11))
+    assert action.shape == (5, 3) and chunk.shape == (5, 8, 3)
+
+def test_bfloat16_trains_float32_weights_that_are_nearly_the_same(trained):
+    assert cli("distill", f"--data={trained[1]}", *FLAGS, "--precision=bfloat16", "--out=new") == 0
+    for stage in ractd.STAGES:
+        half, full = (torch.load(folder / f"{stage}.pt")["ema"] for folder in (Path("new"), trained[0]))
+        assert {x.dtype for x in half.values()} == {torch.float32}
+        assert 0 < max((half[name] - full[name]).abs().max() for name in full) < 0.1
 
 def test_a_finished_run_is_not_trained_again_and_repeats_its_returns(run, monkeypatch):
     out, flags = run
@@ -593,19 +609,22 @@ def test_a_killed_run_goes_on_to_the_same_bits(trained, run, command, stage):
     steps = [row["step"] for row in rows if row["stage"] == stage]
     assert steps == sorted(set(steps)) and steps[-1] == STEPS
 
-def test_ctrl_c_saves_and_exits_with_130_and_the_command_goes_on(trained, run, monkeypatch, capsys):
+@pytest.mark.parametrize("module, name, call, step", [      # in a step, in the last one, while it logs
+    (ractd, "edm_loss", 7, 7), (ractd, "edm_loss", STEPS, STEPS), (json, "dump", 7, 8)])
+def test_ctrl_c_saves_and_exits_with_130_and_the_command_goes_on(
+        trained, run, monkeypatch, capsys, module, name, call, step):
     out, flags = run
     (out / "teacher.pt").unlink()
-    calls, loss, handler = [], ractd.edm_loss, signal.getsignal(signal.SIGINT)
+    calls, original, handler = [], getattr(module, name), signal.getsignal(signal.SIGINT)
 
     def interrupted(*args):
         calls.append(1)
-        if len(calls) == 7:
+        if len(calls) == call:
             os.kill(os.getpid(), signal.SIGINT)
-        return loss(*args)
-    monkeypatch.setattr(ractd, "edm_loss", interrupted)
+        return original(*args)
+    monkeypatch.setattr(module, name, interrupted)
     assert cli("teacher", *flags) == 130 and "goes on" in capsys.readouterr().out
-    assert torch.load(out / "teacher.pt")["step"] == 7
+    assert torch.load(out / "teacher.pt")["step"] == step
     assert signal.getsignal(signal.SIGINT) is handler
     assert cli("teacher", *flags) == 0 and len(calls) == STEPS
     assert same_weights(out / "teacher.pt", trained[0] / "teacher.pt")
@@ -623,6 +642,8 @@ def test_retrain_keeps_the_old_file_and_a_student_of_another_teacher_is_refused(
     kept, = out.glob("teacher.*.old.pt")
     assert kept.read_bytes() == old != (out / "teacher.pt").read_bytes()
     refused(capsys, cli("distill", *flags, "--teacher-lr=1e-4"), "teacher_id", "--retrain student")
+    assert cli("distill", *flags, "--retrain=teacher") == 0          # and the student that stands on it
+    assert same_weights(out / "teacher.pt", kept) and len(list(out.glob("student.*.old.pt"))) == 1
 
 def test_teacher_and_reward_model_can_come_from_elsewhere(trained):
     files = [f"--{stage}={trained[0] / stage}.pt" for stage in ("teacher", "reward")]
@@ -756,24 +777,31 @@ def test_bench_writes_every_promised_number(run, monkeypatch):
     assert min(bench["eval"]["simulator_s"], bench["eval"]["network_s"]) > 0 and bench["peak_memory_mb"] > 50
     assert bench["device"] and bench["versions"]["torch"] == torch.__version__
 
-def test_an_ablation_trains_each_row_as_it_says_and_never_twice(run, monkeypatch, capsys):
+@pytest.mark.parametrize("what, students, words", [
+    ("losses", 7, ["without DSM", "1.5", "109.5"]), ("reward-weight", 8, ["0.7 of the default", "108.4"])])
+def test_an_ablation_trains_each_row_as_it_says_and_never_twice(
+        run, monkeypatch, capsys, what, students, words):
     out, flags = run
-    assert cli("ablate", *flags, "--what=losses") == 0
-    first = json.loads((out / "ablate_losses.json").read_text())
+    assert cli("ablate", *flags, f"--what={what}") == 0
+    first = json.loads((out / f"ablate_{what}.json").read_text())
+    default = {"reward_weight": 2.0}                         # Hopper's; the others are multiples of it
+    if what == "reward-weight":
+        weights = [row["changes"]["reward_weight"] for row in first["rows"]]
+        assert weights == pytest.approx([0, 0.2, 0.6, 1, 1.4, 2, 3, 4])
     for row in first["rows"]:
         name = "-".join(f"{key}={value}" for key, value in row["changes"].items())
-        folder = out / "variants" / name if name else out
+        folder = out / "variants" / name if name and row["changes"] != default else out
         saved = torch.load(folder / "student.pt")
         assert all(saved["config"][key] == value for key, value in row["changes"].items())
         assert saved["depends"]["teacher_id"] == torch.load(out / "teacher.pt")["id"]
-    assert len({torch.load(path)["id"] for path in out.rglob("student.pt")}) == 7
+    assert len({torch.load(path)["id"] for path in out.rglob("student.pt")}) == students
     table = capsys.readouterr().out
-    assert "without DSM" in table and "1.5" in table and "109.5" in table
+    assert all(word in table for word in words)
     monkeypatch.setattr(ractd, "fit", None)
     monkeypatch.setattr(ractd, "evaluate", None)
-    assert cli("ablate", *flags, "--what=losses") == 0
-    assert json.loads((out / "ablate_losses.json").read_text()) == first
-    assert (out / "ablate_losses.png").read_bytes()[:4] == b"\x89PNG"
+    assert cli("ablate", *flags, f"--what={what}") == 0
+    assert json.loads((out / f"ablate_{what}.json").read_text()) == first
+    assert (out / f"ablate_{what}.png").read_bytes()[:4] == b"\x89PNG"
 
 @pytest.mark.parametrize("what, calls", [("nfe", [1, 2, 4]), ("init-noise", [4] * 4 + [1] * 4)])
 def test_an_ablation_of_acting_trains_nothing(run, monkeypatch, what, calls):
@@ -785,6 +813,12 @@ def test_an_ablation_of_acting_trains_nothing(run, monkeypatch, what, calls):
     default = Config().init_noise
     same, = [row for row in rows if row["nfe"] == 1 and row["changes"].get("init_noise", default) == default]
     assert same["returns"] == returns(out)
+
+def test_an_ablation_of_acting_retrains_once(run, monkeypatch):
+    out, flags = run
+    stages, fit = [], ractd.fit
+    monkeypatch.setattr(ractd, "fit", lambda stage, *args: stages.append(stage) or fit(stage, *args))
+    assert cli("ablate", *flags, "--what=nfe", "--retrain=student") == 0 and stages == ["student"]
 
 def test_the_reward_teacher_plans_what_the_reward_model_likes_better(run):
     out, flags = run
@@ -799,6 +833,8 @@ def test_the_reward_teacher_plans_what_the_reward_model_likes_better(run):
     plans = [denoise(ractd.Policy(c, Config()).net, noise, torch.ones(64), state) for c in checkpoints]
     plain, better = (R(state, plan[:, 0].clamp(-1, 1)).mean() for plan in plans)
     assert better > plain + 0.01
+    assert cli("ablate", *flags, "--what=reward-stage", "--reward-weight=6") == 0    # another one
+    assert len(list((out / "variants").glob("reward-teacher-*"))) == 2
 
 def test_plot_draws_three_pictures_once_bench_has_scores(run, capsys):
     out, flags = run
@@ -909,6 +945,15 @@ def test_what_does_not_fit_a_checkpoint_is_refused_with_a_list(run, capsys):
     refused(capsys, code, "horizon: 8", f"env: {ENV}")
     code = cli("distill", *flags, "--out=new", f"--teacher={out / 'teacher.pt'}", "--horizon=16")
     refused(capsys, code, "horizon: 8")
+    torch.save(dict(torch.load(out / "teacher.pt"), step=3), "unfinished.pt")
+    code = cli("distill", *flags, "--out=new", "--teacher=unfinished.pt")
+    refused(capsys, code, f"steps: 3 in the file, {STEPS} asked for")
+
+def test_data_that_were_edited_are_not_the_same_data(run, trained, tmp_path, capsys):
+    rows = logged()
+    rows["actions"][5] *= -1                                 # as many rows, the same returns and name
+    data = write(tmp_path / Path(trained[1]).name, rows)
+    refused(capsys, cli("distill", *run[1], f"--data={data}"), "dataset", "another --data")
 
 def test_a_missing_damaged_or_wrong_checkpoint_is_refused(run, capsys):
     out, flags = run
@@ -928,7 +973,12 @@ def test_a_folder_that_cannot_be_written_is_refused(trained, tmp_path, capsys):
 
 def test_dry_run_estimates_the_time_and_leaves_nothing(trained, capsys):
     assert cli("distill", *FLAGS, f"--data={trained[1]}", "--out=never", "--dry-run") == 0
-    assert "estimated total" in capsys.readouterr().out and not Path("never").exists()
+    out = capsys.readouterr().out
+    stages = re.findall(r"(\w+): ([0-9.]+) s a step, (\d+) steps", out)
+    assert [(name, int(steps)) for name, _, steps in stages] == [(name, STEPS) for name in ractd.STAGES]
+    total = sum(float(seconds) * STEPS for _, seconds, _ in stages) / 60
+    assert float(re.search(r"estimated total: ([0-9.]+) min", out)[1]) == pytest.approx(total, abs=0.06)
+    assert not Path("never").exists()
 
 def test_a_teacher_of_another_task_is_refused_although_its_sizes_could_fit(run, tmp_path, capsys):
     """Walker2d and HalfCheetah have the same sizes; Hopper and Walker2d have not."""
@@ -950,7 +1000,7 @@ def test_a_full_disk_and_a_machine_without_git_lose_nothing(run, monkeypatch, ca
     (out / "metrics.json").unlink()
     monkeypatch.setenv("PATH", "")
     assert cli("evaluate", flags[0], f"--out={out / 'new' / 'folder'}",
-               f"--teacher={out / 'teacher.pt'}", "--model=teacher", "--episodes=2") == 0
+               f"--teacher={out / 'teacher.pt'}", "--episodes=2") == 0       # so it acts
     metrics = json.loads((out / "new/folder/evaluate_teacher_nfe4_noise20_from0_n2.json").read_text())
     assert metrics["git_commit"] is None
 
@@ -961,8 +1011,10 @@ def test_a_full_disk_and_a_machine_without_git_lose_nothing(run, monkeypatch, ca
     assert (out / "student.pt").read_bytes() == before and not (out / "metrics.json").exists()
     assert not list(out.glob("*.part"))
 
-def test_the_example_in_the_readme_runs():
-    text = (SCRIPT.parent / "README.md").read_text()
-    scope = {}
-    exec(text.split("```python\n")[1].split("```")[0], scope)
+def test_the_examples_in_the_readme_run(run):
+    text, scope = (SCRIPT.parent / "README.md").read_text(), {}
+    alone, policy = (block.split("```")[0] for block in text.split("```python\n")[1:3])
+    exec(alone, scope)
     assert scope["x"].shape == (5, 16, 2) and scope["calls"] == 38 and scope["loss"] < 0.9
+    exec(policy.replace("runs/hopper-medium-replay", str(run[0])), scope)
+    assert scope["actions"].shape == (1, 8, 3)
