@@ -873,7 +873,7 @@ class Pipeline:
             net = ("horizon", "channels", "kernel", "blocks", "patch", "embed") if stage == "teacher" else ()
             same = ("task", "dims", "history", "steps", *net) if elsewhere else depends   # not its data
             was = checkpoint["config"] | checkpoint["depends"] | {"steps": checkpoint["step"]}
-            asked = depends | {"steps": checkpoint["steps"]}         # all that the file itself was to have
+            asked = depends | {"steps": checkpoint["steps"]}         # from elsewhere: trained to its end
             refuse(path, [(name, was.get(name), asked[name]) for name in same],
                    "another file" if elsewhere else f"another --data or --out, or --retrain {stage}")
             if elsewhere or checkpoint["step"] == checkpoint["steps"]:
@@ -950,7 +950,7 @@ def build_parser():
     add("--save-every", type=float, default=30.0, help="seconds between checkpoints (default: 30)")
     add("--teacher", metavar="FILE", help="a teacher trained elsewhere; flags of its training are ignored")
     add("--reward", metavar="FILE", help="a reward model trained elsewhere, likewise")
-    add("--retrain", choices=STAGES, action="append", default=[], help="with the student; old files are kept")
+    add("--retrain", choices=STAGES, action="append", default=[], help="train it anew, and the student")
     for f in dataclasses.fields(Config):
         kind, many, choices = (int, "+", None) if f.type is tuple else (f.type, None, f.metadata["choices"])
         add("--" + f.name.replace("_", "-"), dest="config_" + f.name, type=kind, nargs=many, choices=choices,
@@ -991,7 +991,7 @@ def resolve(run):
         raise UserError(f"--device {run.device}: {str(error).splitlines()[0]}; try cpu") from None
     torch.set_num_threads(min(run.threads, 1024) if run.threads > 0 else torch.get_num_threads())
     run.out = Path(run.out or Path("runs") / run.env.replace("/", "-"))
-    run.retrain += ["student"] * bool(run.retrain)
+    run.retrain += ["student"] * bool(run.retrain)       # which depends on both others
 
 def train(run):
     """`teacher`, `reward`; `distill`: whatever is missing of both, the student, its score."""
