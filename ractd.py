@@ -51,7 +51,7 @@ class Config:
     seed: int = opt(0, "common", "seed of everything but evaluation", 0, 2**63 - 1)
     horizon: int = opt(16, "common", "c or H: actions in a planned chunk [16]", 1, 1024)
     history: int = opt(1, "common", "h: last observations that a plan is conditioned on [1]", 1, 64)
-    precision: str = opt("float32", "common", "training's matrix products", choices=("float32", "bfloat16"))
+    precision: str = opt("float32", "common", "bfloat16 may train faster", choices=("float32", "bfloat16"))
     channels: tuple = opt((64, 128), "network", "U-Net channels per level [512 1024 2048]")
     kernel: int = opt(3, "network", "U-Net convolution width, odd [5]", 1, 31)
     blocks: int = opt(1, "network", "residual blocks per U-Net level [2]", 1, 8)
