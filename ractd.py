@@ -924,7 +924,7 @@ def assess(run, saved, actor, name):
             ("data, best episode", data["return_best"], ""), ("data, mean episode", data["return_mean"], ""),
             (f"{method}, {policy.nfe} network call(s)", returns.mean(), f"{sem:11.1f}{ms:11.2f}")):
         print(f"{label:<32}{value:9.0f}{normalized_score(run.env, value):9.1f}{more}")
-    print(f"All numbers: {path}")
+    print(f"All numbers: {path}; everything: {run.out}")
 
 # ---- 10. Command line -----------------------------------------------------------------------------
 COMMANDS = {"data": "fetch or make the dataset and print what is in it",

@@ -174,10 +174,10 @@ def variant(pipeline, saved, changes):
     if trained:
         run.out = base.out / "variants" / "-".join(trained)
     used = {stage: c for stage, c in saved.items() if stage == "teacher" or run.config.reward_weight}
-    student = pipeline.obtain("student", used)
-    if not trained:
-        base.retrain = []                # once is enough, however many rows act with it
-    return run, dict(used, student=student)
+    done = vars(base).setdefault("retrained", set())     # folders: once each, however many rows act there
+    run.retrain = [] if run.out in done else base.retrain
+    done.add(run.out)
+    return run, dict(used, student=pipeline.obtain("student", used))
 
 def score(run, saved, actor="student"):
     """The metrics of one saved model acting as run.config says: from their file, or measured now."""
@@ -465,7 +465,6 @@ def plot_curves(out):
         else:
             axis.text(0.1, 0.5, "not trained here")
     figure.savefig(out / "training.png", dpi=110)
-    print(f"training curves: {out / 'training.png'}")
 
 def plot(run):
     """`plot`: returns.png (Figure 3), speed.png (if bench.json has scores) and training.png."""
@@ -489,7 +488,7 @@ def plot(run):
     axes[-1].set_xlabel("return of an episode (dotted: mean)")
     figure.savefig(run.out / "returns.png", dpi=150)
     plot_curves(run.out)
-    print(f"picture: {run.out / 'returns.png'}")
+    print(f"pictures: {run.out / 'returns.png'}, {run.out / 'training.png'}")
     path = run.out / "bench.json"
     measured = json.loads(path.read_text()) if path.exists() else {"score": {}}
     if len(measured["score"]) < 2:

@@ -814,11 +814,15 @@ def test_an_ablation_of_acting_trains_nothing(run, monkeypatch, what, calls):
     same, = [row for row in rows if row["nfe"] == 1 and row["changes"].get("init_noise", default) == default]
     assert same["returns"] == returns(out)
 
-def test_an_ablation_of_acting_retrains_once(run, monkeypatch):
+def test_an_ablation_retrains_every_student_once(run, monkeypatch):
     out, flags = run
     stages, fit = [], ractd.fit
     monkeypatch.setattr(ractd, "fit", lambda stage, *args: stages.append(stage) or fit(stage, *args))
     assert cli("ablate", *flags, "--what=nfe", "--retrain=student") == 0 and stages == ["student"]
+    stages.clear()
+    for _ in range(2):                   # seven students, the run's own among them
+        assert cli("ablate", *flags, "--what=losses", "--retrain=student", "--student-lr=1e-4") == 0
+    assert stages == ["student"] * 14
 
 def test_the_reward_teacher_plans_what_the_reward_model_likes_better(run):
     out, flags = run
