@@ -867,7 +867,7 @@ class Pipeline:
         path = Path(elsewhere or run.out / f"{stage}.pt")
         depends = self.depends(stage, saved)
         if stage in run.retrain and path.exists() and not elsewhere:
-            os.replace(path, path.with_suffix(f".{time.time():.0f}.old.pt"))
+            os.replace(path, path.with_suffix(f".{time.time_ns()}.old.pt"))
         if elsewhere or path.exists():
             checkpoint = load_checkpoint(path, stage, run.device)
             net = ("horizon", "channels", "kernel", "blocks", "patch", "embed") if stage == "teacher" else ()
