@@ -398,8 +398,8 @@ def denoise(net, x, t, state, k=None):
     return c_skip * x + c_out * net(c_in * x, t, state, k)
 
 def heun_step(denoiser, x, t, u):
-    """One Heun step of dx/dt = (x - D(x, t)) / t from t to u < t, both (B,); denoiser: any (x, t) -> x0."""
-    slope = (x - denoiser(x, t)) / expand(t)
+    """Eq. 6's Solver: Heun (Karras et al. 2022); x (B, H, A) at t (B,) -> u < t; denoiser: (x, t) -> x0."""
+    slope = (x - denoiser(x, t)) / expand(t)     # dx/dt
     euler = x + expand(u - t) * slope
     slope_u = (euler - denoiser(euler, u)) / expand(u)
     return x + expand(u - t) * (slope + slope_u) / 2
@@ -871,9 +871,9 @@ class Pipeline:
         if elsewhere or path.exists():
             checkpoint = load_checkpoint(path, stage, run.device)
             net = ("horizon", "channels", "kernel", "blocks", "patch", "embed") if stage == "teacher" else ()
-            same = ("task", "dims", "history", "steps", *net) if elsewhere else depends   # not its data
+            same = ("task", "dims", "history", "steps", *net) if elsewhere else depends   # any data
             was = checkpoint["config"] | checkpoint["depends"] | {"steps": checkpoint["step"]}
-            asked = depends | {"steps": checkpoint["steps"]}         # from elsewhere: trained to its end
+            asked = depends | {"steps": checkpoint["steps"]}         # a file from elsewhere is finished
             refuse(path, [(name, was.get(name), asked[name]) for name in same],
                    "another file" if elsewhere else f"another --data or --out, or --retrain {stage}")
             if elsewhere or checkpoint["step"] == checkpoint["steps"]:
