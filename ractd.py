@@ -1,592 +1,709 @@
-"""RACTD: Reward-Aware Consistency Trajectory Distillation (arXiv 2506.07822v2, ICLR 2026), one file.
+"""RACTD: Reward-Aware Consistency Trajectory Distillation (arXiv 2506.07822v2, ICLR 2026).
 
 A diffusion planner that needs one network call per action, learnt from logged data alone:
 
-    data ──> teacher   D(x, t)     EDM diffusion of the next H actions given the state      Eq. 4
-      └────> reward    R(s, a)     return-to-go of a state and an action, on clean data     Eq. 8
-    teacher + reward ──> student   G(x, t, k)  CTM + DSM + reward losses                    Eqs. 5-9
-    student ──> one call per action, closed loop in MuJoCo, D4RL normalised score
+    data --> teacher  D(x, t)     EDM diffusion of the next H actions, given the state    Eq. 4
+      `----> reward   R(s, a)     return-to-go of a state and an action, on clean data    Eq. 8
+    teacher + reward --> student  G(x, t, k)    CTM + DSM + reward losses             Eqs. 5-9
+    student --> one call per action, closed loop in MuJoCo, D4RL normalised score
 
-    python ractd.py distill --env hopper-medium-replay      all of it, minutes on two cores
-    python ractd.py evaluate --env hopper-medium-replay --episodes 100 [--nfe 2 | --model teacher]
-    python ractd.py data | teacher | reward --env ...       one stage; --help lists all flags
+    python ractd.py distill --env hopper-medium-replay      all of it: minutes on two CPU cores
+    python ractd.py distill --env hopper-medium-replay --preset paper-losses        Eqs. 4-9 alone
+    python ractd.py data | teacher | reward | evaluate | export --env ...   --help tells all flags
 
-Notation                                      | shapes, all normalised to [-1, 1]
-    t > u >= k   noise levels of a CTM sample |     x0, x_t   (B, H, A)  clean, noisy chunk of H actions
-    i_t < i_u <= i_k   their grid indices     |     state     (B, h O)   last h observations, flattened
-    T = 80, "0" = SIGMA_MIN = 0.02            |     t, u, k   (B,)       one noise level per sample
-    D, g   denoisers of teacher and student   |     Eq. n     equation n of the paper, version 2
-    G      the student's jump t -> k          |     sg        frozen: no gradient to these weights
+Notation
+    t > u >= k   noise levels, one per sample (B,) or one float for all; i_t < i_u <= i_k their
+                 indices in the grid T = 80 = sigma_0 > ... > sigma_{N-1} = 0.02, the paper's "0"
+    x0, x_t      a clean and a noisy plan: H actions (B, H, A), scaled to [-1, 1]
+    state        an observation (B, O), scaled to [-1, 1]; s_n in the paper
+    D, g         denoisers of teacher and student, F the network in them; G the student's jump
+    sg           stop-gradient: weights that this loss does not train
 
-Sections 3-6 are the method: torch and the constants at the top. README.md: where paper and code differ.
-reproduce.py: D4RL's files, Minari, stand-ins; the paper's tables and figures. Without it: --data FILE.hdf5
+Sections 3 to 6, the method, need torch and the constants of section 1 alone. README.md says where
+the default departs from the paper; reproduce/ measures it.
 """
 
-import argparse, contextlib, copy, dataclasses, datetime, difflib, functools, hashlib  # noqa: E401
-import importlib.metadata, io, json, math, os, signal, subprocess, sys, time  # noqa: E401
+import argparse
+import contextlib
+import copy
+import dataclasses
+import datetime
+import difflib
+import functools
+import hashlib
+import http.client
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+import urllib.error
 from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
-# ---- 1. Configuration -----------------------------------------------------------------------------
-SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.02, 80.0, 0.5
-VERSION, NORMS = "0.1.0", ("squared", "pseudo-huber")    # NORMS: the choices of d
-# task -> simulator; returns that are D4RL's scores 0 (random) and 100 (expert); reward weight sigma
-TASKS = {"hopper": ("Hopper-v4", -20.272305, 3234.3, 2.0), "walker2d": ("Walker2d-v4", 1.629008, 4592.3, 0.5),
-         "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0, 2.0)}
+# ---- 1. Configuration -----------------------------------------------------------------------
+
+SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.02, 80.0, 0.5  # Karras et al. 2022; sigma_min as released
+# task -> simulator, and the returns that are D4RL's scores 0 (random) and 100 (expert)
+TASKS = {
+    "hopper": ("Hopper-v4", -20.272305, 3234.3),
+    "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
+    "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0),
+}
 ENVS = [f"{task}-{kind}" for task in TASKS for kind in ("medium", "medium-replay", "medium-expert")]
 
-class UserError(Exception):
-    """Something the user can put right: printed as a sentence, exit code 2."""
 
-def opt(default, stage, help, low=None, high=math.inf, choices=None):
-    """A hyperparameter: default, the part of the program it belongs to, help, valid range."""
-    return dataclasses.field(default=default, metadata=locals())
+class UserError(Exception):
+    """Something that the user can put right: printed as one sentence, exit code 2."""
+
+
+def option(default, commands, help, low=None, high=math.inf, choices=None):
+    """A dataclass field that is a command-line flag of `commands`, with its help and range."""
+    metadata = {"commands": commands.split(), "help": help, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=metadata | {"choices": choices})
+
+
+DISTANCES = ("squared", "pseudo-huber")
+TEACHER, REWARD, STUDENT = "teacher distill", "reward distill", "student distill"
+NETWORK, ALL, ACTING = f"{STUDENT} teacher", f"{STUDENT} teacher reward", "distill evaluate export"
+
 
 @dataclasses.dataclass
 class Config:
-    """Every hyperparameter, each a command-line flag; [in brackets: paper or released code]."""
-    seed: int = opt(0, "common", "seed of everything but evaluation", 0, 2**63 - 1)
-    horizon: int = opt(16, "common", "c or H: actions in a planned chunk [16]", 1, 1024)
-    history: int = opt(1, "common", "h: last observations that a plan is conditioned on [1]", 1, 64)
-    precision: str = opt("float32", "common", "bfloat16 may train faster", choices=("float32", "bfloat16"))
-    channels: tuple = opt((64, 128), "network", "U-Net channels per level [512 1024 2048]")
-    kernel: int = opt(3, "network", "U-Net convolution width, odd [5]", 1, 31)
-    blocks: int = opt(1, "network", "residual blocks per U-Net level [2]", 1, 8)
-    patch: int = opt(4, "network", "actions folded into one U-Net position [1]", 1, 64)
-    embed: int = opt(128, "network", "width of the noise-level embedding, even", 8, 4096)
-    teacher_steps: int = opt(4000, "teacher", "gradient steps; -n = n epochs [-1000]", -1e6, 1e9)
-    teacher_batch: int = opt(256, "teacher", "windows per step [1024]", 1, 100_000)
-    teacher_lr: float = opt(1e-3, "teacher", "peak AdamW learning rate [1e-4]", 1e-9, 1)
-    teacher_warmup: int = opt(200, "teacher", "linear warm-up, steps [2000]", 0)
-    teacher_decay: float = opt(1e-6, "teacher", "AdamW weight decay [1e-6]", 0, 10)
-    teacher_distance: str = opt("squared", "teacher", "d of Eq. 4 [paper: pseudo-huber]", choices=NORMS)
-    gamma: float = opt(0.99, "reward", "discount of the return-to-go [0.99]", 0, 0.9999)
-    timeout: str = opt("extend", "reward", "after a time limit the mean of the last 100 rewards goes on "
-                       "for ever, or nothing does [cut]", choices=("extend", "cut"))
-    reward_steps: int = opt(4000, "reward", "gradient steps; -n = n epochs [-50]", -1e6, 1e9)
-    reward_batch: int = opt(256, "reward", "transitions per step [64]", 1, 100_000)
-    reward_lr: float = opt(1e-3, "reward", "peak AdamW learning rate [2e-4]", 1e-9, 1)
-    reward_warmup: int = opt(20, "reward", "linear warm-up, steps [20]", 0)
-    reward_decay: float = opt(1e-3, "reward", "AdamW weight decay [1e-3]", 0, 10)
-    student_steps: int = opt(2000, "student", "gradient steps; -n = n epochs [-400]", -1e6, 1e9)
-    student_batch: int = opt(256, "student", "windows per step [4800]", 1, 100_000)
-    student_lr: float = opt(5e-4, "student", "peak AdamW learning rate [1e-4]", 1e-9, 1)
-    student_warmup: int = opt(100, "student", "linear warm-up, steps [500]", 0)
-    student_decay: float = opt(1e-4, "student", "AdamW weight decay [1e-4]", 0, 10)
-    dropout: float = opt(0.0, "student", "dropout in the student while it trains [0.2]", 0, 0.9)
-    grid_points: int = opt(20, "student", "N: levels of the grid of t, u, k [80]", 3, 10_000)
-    target_decay: float = opt(0.99, "student", "EMA decay of the frozen target, which also acts [0]", 0, 1)
-    ctm_weight: float = opt(1.0, "student", "alpha of Eq. 9 [1]", 0, 1e6)
-    dsm_weight: float = opt(1.0, "student", "beta of Eq. 9 [1]", 0, 1e6)
-    reward_weight: float = opt(1.0, "student", "sigma of Eq. 9, with --env 2 or 0.5; 0 = CTD [0..1]", 0, 1e6)
-    ctm_distance: str = opt("pseudo-huber", "student", "d of Eq. 5 [about squared]", choices=NORMS)
-    dsm_target: str = opt("denoiser", "student", "x0 of Eq. 7 is for g(x_t, t, t), which keeps unequal "
-                          "modes, or for G(x_t, t, 0) [jump]", choices=("denoiser", "jump"))
-    dsm_noise: str = opt("lognormal", "student", "levels of Eq. 7 [mixed]", choices=("lognormal", "mixed"))
-    dsm_distance: str = opt("squared", "student", "d of Eq. 7 [paper: pseudo-huber]", choices=NORMS)
-    reward_noise: float = opt(1.0, "student", "scale of the initial noise of Eq. 8's sample", 0, 1e4)
-    anchor_weight: float = opt(1.0, "student", "anchor of Eq. 8's sample on the data [0: none]", 0, 1e6)
-    anchor_noise: float = opt(0.2, "student", "noise level s of the anchor", SIGMA_MIN, SIGMA_MAX)
-    episodes: int = opt(20, "acting", "evaluation episodes; 100 for a report", 1, 100_000)
-    first_seed: int = opt(0, "acting", "episode i has seed first_seed + i", 0)
-    nfe: int = opt(1, "acting", "network calls per student sample [1]", 1, 80)
-    init_noise: float = opt(20.0, "acting", "scale of the initial noise; 80 = the model's own [1]", 0, 1e4)
-    teacher_points: int = opt(20, "acting", "levels n of the Heun sampler: 2 (n - 1) calls [80]", 2)
-    execute: int = opt(1, "acting", "actions of a plan executed before the next plan [1]", 1)
+    """Hyperparameters of training; [in brackets: --preset paper]."""
 
-    def check(self):
-        """Raise UserError naming the first value that cannot be."""
-        for f in dataclasses.fields(self):
-            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            if low is not None and not low <= value <= high:
-                raise UserError(f"--{f.name.replace('_', '-')} {value} must be from {low} to {high}")
-        multiple = self.patch * 2 ** (len(self.channels) - 1)
-        for bad, sentence in (
-                (not all(0 < c <= 8192 for c in self.channels), "--channels must be from 1 to 8192"),
-                (self.kernel % 2 == 0 or self.embed % 2, "--kernel must be odd, --embed even"),
-                (self.horizon % multiple, f"--horizon: not a multiple of patch 2^(levels - 1), {multiple}"),
-                (self.execute > self.horizon, f"--execute must be at most --horizon, {self.horizon}"),
-                (0 in (self.teacher_steps, self.reward_steps, self.student_steps), "--<stage>-steps is 0")):
-            if bad:
-                raise UserError(sentence)
+    seed: int = option(0, ALL, "seed of all training", 0, 2**63 - 1)
+    horizon: int = option(16, ALL, "H (c in the paper): actions in a plan", 1, 1024)
+    channels: tuple = option((64, 128), NETWORK, "U-Net channels per level [512 1024 2048]")
+    kernel: int = option(3, NETWORK, "U-Net convolution width [5]", choices=(1, 3, 5, 7, 9))
+    blocks: int = option(1, NETWORK, "residual blocks per U-Net level [2]", 1, 8)
+    patch: int = option(4, NETWORK, "actions folded into one U-Net position [1]", 1, 64)
+    distance: str = option("squared", NETWORK, "d of Eqs. 4, 7 [pseudo-huber]", choices=DISTANCES)
+    teacher_steps: int = option(4000, TEACHER, "gradient steps [392_000]", 1, 1e9)
+    teacher_batch: int = option(256, TEACHER, "plans per step [1024]", 1, 100_000)
+    teacher_lr: float = option(1e-3, TEACHER, "peak learning rate of AdamW [1e-4]", 1e-9, 1)
+    teacher_warmup: int = option(200, TEACHER, "steps of linear warm-up [2000]", 0)
+    gamma: float = option(0.99, REWARD, "discount of the return-to-go", 0, 0.9999)
+    reward_steps: int = option(4000, REWARD, "gradient steps [314_000]", 1, 1e9)
+    reward_batch: int = option(256, REWARD, "transitions per step [64]", 1, 100_000)
+    reward_lr: float = option(1e-3, REWARD, "peak learning rate of AdamW [2e-4]", 1e-9, 1)
+    reward_warmup: int = option(20, REWARD, "steps of linear warm-up", 0)
+    student_steps: int = option(2000, STUDENT, "gradient steps [33_500]", 1, 1e9)
+    student_batch: int = option(256, STUDENT, "plans per step [4800]", 1, 100_000)
+    student_lr: float = option(5e-4, STUDENT, "peak learning rate of AdamW [1e-4]", 1e-9, 1)
+    student_warmup: int = option(100, STUDENT, "steps of linear warm-up [500]", 0)
+    grid_points: int = option(20, STUDENT, "N: levels in the grid of t, u, k [80]", 3, 9999)
+    target_decay: float = option(0.99, STUDENT, "EMA decay of the frozen target [0]", 0, 1)
+    ctm_weight: float = option(1.0, STUDENT, "alpha of Eq. 9", 0, 1e6)
+    dsm_weight: float = option(1.0, STUDENT, "beta of Eq. 9", 0, 1e6)
+    reward_weight: float = option(2.0, STUDENT, "sigma of Eq. 9; 0: CTD, no reward", 0, 1e6)
+    anchor_weight: float = option(1.0, STUDENT, "of the anchor, not in the paper [0]", 0, 1e6)
+    dsm_target: str = option("denoiser", STUDENT, "of Eq. 7 [jump]", choices=("denoiser", "jump"))
+    reward_noise: float = option(1.0, STUDENT, "scale of the noise of Eq. 8's plan [80]", 0, 1e4)
+    episodes: int = option(20, "distill evaluate", "evaluation episodes; 100 for a report", 1)
+    first_seed: int = option(0, "distill evaluate", "episode i has seed first_seed + i", 0)
+    nfe: int = option(1, ACTING, "network calls per plan of the student", 1, 80)
+    teacher_points: int = option(20, "evaluate export", "n of Heun's method: 2 n - 3 calls", 3)
+    init_noise: float = option(20.0, ACTING, "scale of the noise to act from [80]", 0, 1e4)
 
-PRESETS = {"default": {}, "paper": dict(
-    channels=(512, 1024, 2048), kernel=5, blocks=2, patch=1, embed=256, grid_points=80, teacher_points=80,
-    teacher_steps=-1000, teacher_batch=1024, teacher_lr=1e-4, teacher_warmup=2000, target_decay=0.0,
-    student_steps=-400, student_batch=4800, student_lr=1e-4, student_warmup=500, dropout=0.2,
-    reward_steps=-50, reward_batch=64, reward_lr=2e-4, episodes=100)}
 
-# ---- 2. Data --------------------------------------------------------------------------------------
-@dataclasses.dataclass
+# Eqs. 4 to 9 as the paper writes them, at the size of the default
+PAPER_LOSSES = {"distance": "pseudo-huber", "dsm_target": "jump", "anchor_weight": 0.0}
+PAPER_LOSSES |= {"reward_noise": SIGMA_MAX, "init_noise": SIGMA_MAX}
+# the published sizes, and schedules as for hopper-medium-replay (1000, 50 and 400 epochs)
+PAPER = (
+    PAPER_LOSSES
+    | {"channels": (512, 1024, 2048), "kernel": 5, "blocks": 2, "patch": 1, "grid_points": 80}
+    | {"teacher_steps": 392_000, "teacher_batch": 1024, "teacher_lr": 1e-4, "teacher_warmup": 2000}
+    | {"reward_steps": 314_000, "reward_batch": 64, "reward_lr": 2e-4, "target_decay": 0.0}
+    | {"student_steps": 33_500, "student_batch": 4800, "student_lr": 1e-4, "student_warmup": 500}
+)
+PRESETS = {"default": {}, "paper-losses": PAPER_LOSSES, "paper": PAPER}
+# sigma of Eq. 9 under the paper's presets, as published; 1 for other data than these nine
+PAPER_SIGMA = dict(zip(ENVS, (1.0, 1.0, 0.5, 0.4, 0.5, 0.2, 0.5, 1.0, 0.0), strict=True))
+
+# ---- 2. Data ----------------------------------------------------------------------------------
+
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
+D4RL_SHA256 = {  # of its files, version 2
+    "halfcheetah-medium": "41324e8487a9556d8cfa4538827f8937f4d63dae3030825ebc9f3a726ed08ca0",
+    "halfcheetah-medium-replay": "48d494a4770c11f48260736dec090b78bdca8375647ed4d24bfa5b6610c7f683",
+    "halfcheetah-medium-expert": "015db75dae5bbe8e94029b71fa0bafc2073365df0c94744e71031189f3f79c06",
+    "hopper-medium": "828ab916d1ff570ac0655af7d29390b652a6f2f4bbd05b311ac91d57fe38576c",
+    "hopper-medium-replay": "3ebbc1b9b0e98188923bd2cc0fb80541980e8c6a0ebdb8139910b0aa0bde1646",
+    "hopper-medium-expert": "3c599b8c9576dd1df13fd36a48b9c7e9a0ec9ce4a2db4fe836f7712a640b1d00",
+    "walker2d-medium": "cf00f43add04c17fdfc2958dd581dea0851b2e5bedbe6fda073758a8f841aeda",
+    "walker2d-medium-replay": "e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db",
+    "walker2d-medium-expert": "6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04",
+}
+BUNDLED_ENV = "hopper-medium-replay"
+BUNDLED = Path(__file__).parent / "assets" / "hopper-medium-replay-sac.hdf5"
+
+
 class Dataset:
-    """Logged transitions, one row each, episode after episode."""
-    name: str
-    source: str                 # "D4RL", "file", "minari" or "stand-in"
-    observations: np.ndarray    # (T, O) float32
-    actions: np.ndarray         # (T, A) float32
-    rewards: np.ndarray         # (T,) float32
-    ends: np.ndarray            # (E,) last row of each episode
-    terminated: np.ndarray      # (E,) bool: ended by the task, not by a time limit or the file's end
+    """Logged transitions, one row each, episode after episode: N rows, E episodes.
+
+    observations (N, O), actions (N, A), rewards (N,): float32; begins, ends (E,): first and last
+    rows; terminated (E,): ended by the task, not by a time limit or the file's end. source: "D4RL",
+    "bundled", "file" or "minari". Raises UserError saying what is wrong with the data, and where.
+    """
+
+    KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
+
+    def __init__(self, name, source, columns):
+        self.name, self.source, rows = name, source, len(columns[0])
+        for i, (key, x) in enumerate(zip(self.KEYS, columns, strict=True)):
+            numbers, dims = x.dtype.kind in "fiub", 2 if key in ("observations", "actions") else 1
+            if not numbers or x.ndim != dims or len(x) != rows or not rows:
+                want = f"not {rows or 'some'} rows of numbers, {dims}-D"
+                raise UserError(f"{name}: {key} has shape {x.shape} and type {x.dtype}, {want}")
+            columns[i] = x.astype(np.float32)
+            if len(bad := np.argwhere(~np.isfinite(columns[i]))):
+                raise UserError(f"{name}: {key} is NaN or infinite in row {bad[0][0]}")
+        self.observations, self.actions, self.rewards, terminals, timeouts = columns
+        if not len(ends := np.flatnonzero(terminals + timeouts)):
+            raise UserError(f"{name}: no episode ends; terminals and timeouts are all false")
+        self.ends = np.union1d(ends, rows - 1)  # the file's end is treated as a time limit
+        self.begins = np.concatenate([[0], self.ends[:-1] + 1])
+        self.terminated = terminals[self.ends] != 0
 
     def summary(self):
-        """Counts and undiscounted episode returns, as plain numbers."""
-        returns = np.add.reduceat(self.rewards.astype(np.float64), episode_begins(self.ends))
-        arrays = self.observations, self.actions, self.rewards, self.ends, self.terminated
-        return dict(name=self.name, source=self.source, transitions=len(self.rewards),
-                    note="" if self.source == "D4RL" else ": NOT comparable with the paper",
-                    return_best=float(returns.max()), return_mean=float(returns.mean()),
-                    return_worst=float(returns.min()), episodes=len(self.ends),
-                    sha256=hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest())
+        """Name, undiscounted episode returns and a fingerprint, as plain values."""
+        returns = np.add.reduceat(self.rewards.astype(np.float64), self.begins)
+        arrays = (self.observations, self.actions, self.rewards, self.ends, self.terminated)
+        label = self.source if self.source == "D4RL" else f"{self.source}, not D4RL's file"
+        counts = {"transitions": len(self.rewards), "episodes": len(self.ends)}
+        counts |= {"return_mean": float(returns.mean()), "return_best": float(returns.max())}
+        sha256 = hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest()
+        return {"name": self.name, "source": label, **counts, "sha256": sha256}
 
     def __str__(self):
-        text = ("data: {name} ({source}{note})\n      {transitions:,} transitions, {episodes:,} episodes, "
-                "return {return_worst:.0f} to {return_best:.0f}, mean {return_mean:.0f}")
+        text = "data: {name} ({source}): {transitions:,} transitions, {episodes:,} episodes,\n"
+        text += "      return: mean {return_mean:.0f}, best {return_best:.0f}"
         return text.format(**self.summary())
 
-def load_dataset(env, data=None):
-    """--data: FILE.hdf5 in D4RL's layout, minari:ID, "standin", or None for the D4RL file of env."""
-    if data and data != "standin" and not data.startswith("minari:"):
-        return read_hdf5(Path(data), Path(data).name, "file")
-    from reproduce import fetch_d4rl, make_standin, read_minari
-    if data and data.startswith("minari:"):
-        return read_minari(data.removeprefix("minari:"), "minari")
-    if not data and (path := fetch_d4rl(env)):
-        return read_hdf5(path, f"{env}-v2", "D4RL")
-    return read_minari(make_standin(env), "stand-in")
 
-def simulator(env, data=None):
-    """A callable that makes the environment of a D4RL name, or the one that --data minari:ID recovers."""
-    import gymnasium
-    gymnasium.logger.min_level = gymnasium.logger.ERROR      # no advice to leave the -v4 tasks
+def load_dataset(env, data=""):
+    """The Dataset of --data (FILE.hdf5 in D4RL's layout, minari:ID); without it, D4RL's of `env`.
+
+    Where there is no network hopper-medium-replay is the bundled one, the others raise UserError.
+    """
+    if data.startswith("minari:"):
+        return read_minari(data.removeprefix("minari:"))
+    if data:
+        return read_hdf5(Path(data), Path(data).name, "file")
+    if path := fetch_d4rl(env):
+        return read_hdf5(path, f"{env}-v2", "D4RL")
+    if env != BUNDLED_ENV or not BUNDLED.exists():
+        recipe = f"make it by D4RL's recipe, python -m reproduce.collect --env {env}"
+        raise UserError(f"no data for {env}: put the file there, or give --data FILE, or {recipe}")
+    print(
+        f"In its place: {BUNDLED.name}, 200,000 transitions by D4RL's recipe, all\n"
+        "of one SAC training run in the same simulator. Scores on it are not comparable with the\n"
+        "paper's. For the real data put D4RL's file into that folder."
+    )
+    return read_hdf5(BUNDLED, BUNDLED.name, "bundled")
+
+
+def fetch_d4rl(env):
+    """Path of D4RL's file of `env`, downloaded if need be; None where there is no network."""
+    folder = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl" / "datasets"))
+    path, sha256 = folder / f"{env.replace('-', '_')}-v2.hdf5", D4RL_SHA256[env]
+    if path.exists():
+        with open(path, "rb") as f:
+            if hashlib.file_digest(f, "sha256").hexdigest() != sha256:
+                raise UserError(f"{path} is not the published file; delete it, or use --data")
+        return path
+    print(f"downloading {D4RL_URL}{path.name} to {folder}", flush=True)
+    socket.setdefaulttimeout(20)  # seconds without an answer
+    try:  # torch writes aside, and renames once the hash has matched
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(D4RL_URL + path.name, str(path), hash_prefix=sha256)
+        return path
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        if type(error) is urllib.error.URLError:  # no network, in all its forms
+            print(f"{path.name} is not in {folder} and cannot be downloaded ({error.reason}).")
+            return None
+        what = f"{path.name} cannot be downloaded or is not the published file"
+        raise UserError(f"{what} ({error}); try again, or give --data FILE") from None
+
+
+def read_minari(dataset_id):
+    """A Minari dataset of Box observations and actions: local, or through Minari's download."""
+    import minari
+
+    keys = ("observations", "actions", "rewards", "terminations", "truncations")
     try:
-        if data and data.startswith("minari:"):
-            import minari
-            make = minari.load_dataset(data.removeprefix("minari:")).recover_environment
-        else:
-            make = functools.partial(gymnasium.make, TASKS[env.split("-")[0]][0])
-        make().close()
-        return make
-    except Exception as error:           # many types: dataset gone, no environment in it, package missing
-        raise UserError(f"the environment of {data or env} cannot be made ({error})") from None
+        missing = dataset_id not in minari.list_local_datasets()
+        episodes = list(minari.load_dataset(dataset_id, download=missing).iterate_episodes())
+        # an episode has one observation more than actions: the last one, on which nobody acted
+        columns = [np.concatenate([getattr(e, key)[: len(e)] for e in episodes]) for key in keys]
+    except (ImportError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        hint = "it needs Box spaces, and a network if remote (pip install 'minari[hf,gcs]')"
+        raise UserError(f"minari:{dataset_id} cannot be read ({error}); {hint}") from None
+    columns[4][np.cumsum([len(e) for e in episodes]) - 1] = True  # also where it was cut off
+    return Dataset(dataset_id, "minari", columns)
+
 
 def read_hdf5(path, name, source):
-    """A file in D4RL's layout: observations, actions, rewards, terminals, timeouts, one row a step."""
+    """A file in D4RL's layout: Dataset.KEYS, one row a step."""
     import h5py
-    keys = ("observations", "actions", "rewards", "terminals", "timeouts")
+
     try:
         with h5py.File(path) as f:
-            if missing := [key for key in keys if key not in f]:
-                raise UserError(f"{path} lacks {', '.join(missing)}; it has {', '.join(f) or 'nothing'}")
-            arrays = [np.asarray(f[key][()]) for key in keys]
+            if missing := [key for key in Dataset.KEYS if key not in f]:
+                raise UserError(f"{path} lacks {', '.join(missing)}; it has {', '.join(f) or '-'}")
+            return Dataset(name, source, [np.asarray(f[key][()]) for key in Dataset.KEYS])
     except (OSError, TypeError) as error:
         raise UserError(f"{path} is missing, no HDF5 file or cut short ({error})") from None
-    return assemble(name, source, *arrays)
 
-def assemble(name, source, observations, actions, rewards, terminals, timeouts):
-    """Check the arrays, saying what is wrong and where, and find the episodes."""
-    for key, array, dims in (("observations", observations, 2), ("actions", actions, 2),
-                             ("rewards", rewards, 1), ("terminals", terminals, 1), ("timeouts", timeouts, 1)):
-        if array.dtype.kind not in "fiub":
-            raise UserError(f"{name}: {key} has type {array.dtype}, not numbers")
-        if array.ndim != dims or 0 in array.shape or array.shape[:1] != observations.shape[:1]:
-            raise UserError(f"{name}: {key} has shape {array.shape}, not {len(observations)} rows {dims}-D")
-        if not (finite := np.isfinite(array.astype(np.float32))).all():
-            raise UserError(f"{name}: {key} is NaN or infinite in row {np.argwhere(~finite)[0][0]}")
-    ends = np.flatnonzero((terminals != 0) | (timeouts != 0))
-    if not len(ends):
-        raise UserError(f"{name}: no episode ends; terminals and timeouts are all false")
-    ends = np.union1d(ends, len(rewards) - 1)    # what the file's end cuts off is treated as a time limit
-    return Dataset(name, source, *(x.astype(np.float32) for x in (observations, actions, rewards)),
-                   ends, terminals[ends] != 0)
 
-def episode_begins(ends):
-    """Last rows of the episodes (E,) -> their first rows (E,)."""
-    return np.concatenate([[0], ends[:-1] + 1])
+def window_starts(begins, ends, horizon):
+    """First rows of all windows of `horizon` rows inside one episode, the last one too: (W,)."""
+    pairs = zip(begins, ends, strict=True)
+    return np.concatenate([np.arange(begin, max(begin, end - horizon + 2)) for begin, end in pairs])
 
-def window_starts(ends, horizon):
-    """First rows of all windows of `horizon` rows inside one episode, the last window included: (W,)."""
-    return np.concatenate([np.arange(b, max(b, e - horizon + 2)) for b, e in zip(episode_begins(ends), ends)])
 
-def returns_to_go(rewards, ends, terminated, gamma=0.99, timeout="extend"):
-    """Discounted sum of rewards from each row to its episode's end: (T,) float64.
+def returns_to_go(rewards, begins, ends, terminated, gamma=0.99):
+    """Discounted sum of rewards (N,) from each row to its episode's end: (N,) float64.
 
-    Nothing follows a termination. After a time limit "extend" adds the mean of the last 100 rewards
-    for ever, mean / (1 - gamma); "cut" (released) nothing, so that states near step 1000 look bad.
+    Nothing follows a termination. After a time limit the mean of the last 100 rewards goes on for
+    ever, mean / (1 - gamma): to cut there, as released, makes states near step 1000 look bad.
     """
-    begins = episode_begins(ends)
-    after = np.array([rewards[max(b, e - 99):e + 1].mean() / (1 - gamma) if timeout == "extend" and not t
-                      else 0.0 for b, e, t in zip(begins, ends, terminated)])
-    result, lengths = np.empty(len(rewards)), ends - begins + 1
-    for back in range(lengths.max()):    # from the last rows backwards, all episodes at once
-        alive = lengths > back
-        rows = ends[alive] - back
-        result[rows] = after[alive] = rewards[rows] + gamma * after[alive]
+    result = rewards.astype(np.float64)
+    for begin, end, fell in zip(begins, ends, terminated, strict=True):
+        following = 0.0 if fell else result[max(begin, end - 99) : end + 1].mean() / (1 - gamma)
+        for row in range(end, begin - 1, -1):
+            result[row] += gamma * following
+            following = result[row]
     return result
 
-@dataclasses.dataclass
-class Normalizer:
-    """Min-max maps to [-1, 1]; tables: "obs", "action", "return" -> [centre (D,), half range (D,)]."""
-    tables: dict
 
-    @classmethod
-    def fit(cls, device="cpu", **arrays):
-        """From training data: name=array (T, D)."""
-        bounds = {name: torch.tensor(np.stack([x.min(0), x.max(0)]), dtype=torch.float32, device=device)
-                  for name, x in arrays.items()}
-        return cls({name: [(low + high) / 2, torch.where(high - low > 1e-6, (high - low) / 2, 1.0)]
-                    for name, (low, high) in bounds.items()})
+def fit_range(x, device="cpu"):
+    """Rows (N, D) -> the table (2, D), centre and half range, that maps them to [-1, 1]."""
+    low, high = torch.tensor(np.stack([x.min(0), x.max(0)]), dtype=torch.float32, device=device)
+    half = torch.where(high - low > 1e-6, (high - low) / 2, 1.0)  # a constant column maps to 0
+    return torch.stack([(low + high) / 2, half])
 
-    def encode(self, name, x):
-        """Raw (..., D) -> normalised (..., D)."""
-        return (x - self.tables[name][0]) / self.tables[name][1]
 
-    def decode(self, name, x):
-        """Normalised (..., D) -> raw (..., D)."""
-        return x * self.tables[name][1] + self.tables[name][0]
+def encode(x, table):
+    """Raw (..., D) -> normalised (..., D), by a table of `fit_range`."""
+    return (x - table[0]) / table[1]
+
+
+def decode(x, table):
+    """Normalised (..., D) -> raw (..., D)."""
+    return x * table[1] + table[0]
+
 
 class Batches:
     """A dataset as normalised tensors on the device; batches are drawn by indexing alone."""
-    def __init__(self, dataset, config, device, normalizer=None):
-        begins, starts = episode_begins(dataset.ends), window_starts(dataset.ends, config.horizon)
-        lengths = dataset.ends - begins + 1
-        if not len(starts):
-            raise UserError(f"{dataset.name}: --horizon {config.horizon}, longest episode {lengths.max()}")
-        go = returns_to_go(dataset.rewards, dataset.ends, dataset.terminated, config.gamma, config.timeout)
-        raw = {"obs": dataset.observations, "action": dataset.actions, "return": go[:, None]}
-        self.normalizer = normalizer or Normalizer.fit(device, **raw)
-        self.obs, self.actions, returns = (                                      # (T, O), (T, A), (T, 1)
-            self.normalizer.encode(name, torch.tensor(x, dtype=torch.float32, device=device))
-            for name, x in raw.items())
-        self.returns_to_go = returns.squeeze(1)                                  # (T,)
-        self.begins = torch.tensor(np.repeat(begins, lengths), device=device)    # (T,)
-        self.starts = torch.tensor(starts, device=device)                        # (W,)
-        self.chunk, self.past = (torch.arange(a, b, device=device)
-                                 for a, b in ((0, config.horizon), (1 - config.history, 1)))
-        late, short = len(go) - len(starts), (lengths < config.horizon).sum()
-        self.counts = (f"{len(starts):,} windows of {config.horizon} actions; dropped starts: {late:,} rows "
-                       f"near episodes' ends ({short:,} whole episodes); R trains on all")
 
-    def states(self, rows):
-        """(B,) rows -> (B, h O): the last h observations, an episode's first one repeated backwards."""
-        return self.obs[torch.maximum(rows[:, None] + self.past, self.begins[rows][:, None])].flatten(1)
+    def __init__(self, dataset, horizon=16, gamma=0.99, device="cpu"):
+        begins, ends = dataset.begins, dataset.ends
+        starts = window_starts(begins, ends, horizon)
+        if not len(starts):
+            longest = (ends - begins).max() + 1
+            raise UserError(f"{dataset.name}: --horizon {horizon}, longest episode {longest} rows")
+        go = returns_to_go(dataset.rewards, begins, ends, dataset.terminated, gamma)
+        raw = {"obs": dataset.observations, "action": dataset.actions, "return": go[:, None]}
+        self.normalizer = {name: fit_range(x, device) for name, x in raw.items()}
+        self.obs, self.actions, returns = (
+            encode(torch.tensor(x, dtype=torch.float32, device=device), self.normalizer[name])
+            for name, x in raw.items()
+        )  # (N, O), (N, A), (N, 1)
+        self.returns_to_go = returns.squeeze(1)  # (N,)
+        self.starts = torch.tensor(starts, device=device)  # (W,)
+        self.chunk = torch.arange(horizon, device=device)
 
     def windows(self, batch):
-        """Random windows: state (B, h O) and the actions x0 (B, H, A) taken from there."""
+        """Random windows: state (B, O) and the plan x0 (B, H, A) that starts there."""
         rows = self.starts[torch.randint(len(self.starts), (batch,), device=self.starts.device)]
-        return self.states(rows), self.actions[rows[:, None] + self.chunk]
+        return self.obs[rows], self.actions[rows[:, None] + self.chunk]
 
     def transitions(self, batch):
-        """Random transitions, any row: state (B, h O), action (B, A), return-to-go (B,)."""
+        """Random transitions, of any row: state (B, O), action (B, A), return-to-go (B,)."""
         rows = torch.randint(len(self.obs), (batch,), device=self.obs.device)
-        return self.states(rows), self.actions[rows], self.returns_to_go[rows]
+        return self.obs[rows], self.actions[rows], self.returns_to_go[rows]
 
-# ---- 3. Network (released: a 1-D temporal U-Net whose blocks are scaled and shifted by a condition) --
+
+# ---- 3. Network: a temporal U-Net, its blocks scaled and shifted by a condition (FiLM) ---------
+
+
 def expand(t):
-    """(B,) -> (B, 1, 1), so that one noise level per sample multiplies a whole chunk (B, H, A)."""
-    return t[:, None, None]
+    """Noise levels (B,) -> (B, 1, 1), to multiply plans (B, H, A); a float stays a float."""
+    return t[:, None, None] if torch.is_tensor(t) else t
 
-class LevelEmbedding(nn.Module):
-    """n noise levels (B, n) -> (B, width): sinusoids of 250 ln(level), then a two-layer MLP."""
-    def __init__(self, n, width):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(n * width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
-        frequencies = 250 * torch.exp(-math.log(10_000) * torch.arange(width // 2) / (width // 2 - 1))
-        self.register_buffer("frequencies", frequencies, persistent=False)
-
-    def forward(self, levels):
-        angles = levels.log()[:, :, None] * self.frequencies
-        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1))
 
 class TemporalConv(nn.Module):
-    """Convolution over time (B, L, C_in) -> (B, L, C_out), LayerNorm, SiLU (released: GroupNorm, Mish)."""
+    """Convolution over time (B, L, C_in) -> (B, L, C_out), LayerNorm, SiLU."""
+
     def __init__(self, c_in, c_out, kernel):
         super().__init__()
-        self.kernel, self.linear, self.norm = kernel, nn.Linear(kernel * c_in, c_out), nn.LayerNorm(c_out)
+        self.kernel = kernel
+        self.linear, self.norm = nn.Linear(kernel * c_in, c_out), nn.LayerNorm(c_out)
 
     def forward(self, x):
-        # one matrix product over the shifted copies: for short chunks faster than the CPU's convolution
+        # one matrix product over shifted copies: for short plans faster than the CPU's convolution
         padded = nn.functional.pad(x, (0, 0, self.kernel // 2, self.kernel // 2))
-        shifted = [padded[:, i:i + x.shape[1]] for i in range(self.kernel)]
-        return nn.functional.silu(self.norm(self.linear(torch.cat(shifted, dim=2))))
+        if torch.is_grad_enabled():
+            shifted = torch.cat([padded[:, i : i + x.shape[1]] for i in range(self.kernel)], dim=2)
+        else:  # the same as one overlapping view, whose backward pass would be slow
+            b, n, c = x.shape
+            shifted = padded.as_strided((b, n, self.kernel * c), (padded.stride(0), c, 1))
+        return nn.functional.silu(self.norm(self.linear(shifted)))
+
 
 class ResidualBlock(nn.Module):
-    """Two temporal convolutions and a skip; the condition scales and shifts between them (FiLM)."""
-    def __init__(self, c_in, c_out, kernel, dropout):
-        super().__init__()
-        self.first, self.second = TemporalConv(c_in, c_out, kernel), TemporalConv(c_out, c_out, kernel)
-        self.dropout = nn.Dropout(dropout)
-        self.skip = nn.Linear(c_in, c_out) if c_in != c_out else nn.Identity()
+    """Two temporal convolutions and a skip; the condition (B, C) scales and shifts in between."""
 
-    def forward(self, x, film):
-        scale, shift = film[:, None].chunk(2, dim=2)                             # (B, 1, C)
-        return self.second(self.dropout(self.first(x) * (1 + scale) + shift)) + self.skip(x)
+    def __init__(self, c_in, c_out, condition, kernel):
+        super().__init__()
+        self.first = TemporalConv(c_in, c_out, kernel)
+        self.film = nn.Linear(condition, 2 * c_out)
+        self.second = TemporalConv(c_out, c_out, kernel)
+        self.skip = nn.Linear(c_in, c_out) if c_in != c_out else nn.Identity()
+        nn.init.ones_(self.film.bias[:c_out])  # a scale of about 1
+
+    def forward(self, x, condition):
+        scale, shift = self.film(condition)[:, None].chunk(2, dim=2)  # (B, 1, c_out) each
+        y = torch.addcmul(shift, self.first(x), scale)
+        return self.second(y) + self.skip(x)
+
 
 class UNet1d(nn.Module):
-    """F(x, t, state[, k]): a temporal U-Net over a chunk of H actions; teacher and student share it.
+    """The network F, a U-Net over a plan of H actions: (x, embedding, state) -> (B, H, A).
 
-    x (B, H, A), t (B,) > 0, state (B, S), for the student k (B,) > 0 -> (B, H, A); H a multiple of
-    patch 2^(levels - 1), since `patch` actions become one position and each level halves those. A student
-    that starts with the teacher's weights (`warm_start`) is the teacher, whatever k.
+    x (B, H, A); embedding: `embed(t)`, for a student `embed(t, k)`; state (B, S). H must be a
+    multiple of patch * 2^(levels - 1): `patch` actions become one position, and each level halves
+    those. (Released: patch 1, GroupNorm, Mish, dropout.)
     """
-    def __init__(self, action_dim, state_dim, channels=(64, 128), kernel=3, blocks=1, patch=4, embed=128,
-                 dropout=0.0, two_levels=False):
-        super().__init__()
-        self.patch, folded = patch, patch * action_dim
-        self.embed = LevelEmbedding(2 if two_levels else 1, embed)               # of t, or of t and k
-        self.condition = nn.Sequential(nn.Linear(embed + state_dim, 2 * embed), nn.SiLU(),
-                                       nn.Linear(2 * embed, 2 * embed), nn.SiLU())
-        def stack(a, b, n=blocks):
-            return nn.ModuleList(ResidualBlock(b if i else a, b, kernel, dropout) for i in range(n))
-        pairs = list(zip(channels, channels[1:]))
-        self.down = nn.ModuleList(stack(a, b) for a, b in zip((folded, *channels), channels[:-1]))
-        self.down.append(stack((folded, *channels)[-2], channels[-1], 2 * blocks))
-        self.shrink = nn.ModuleList(nn.Linear(2 * a, a) for a, _ in pairs)       # two positions -> one
-        self.grow = nn.ModuleList(nn.Linear(b, 2 * a) for a, b in reversed(pairs))     # one -> two
-        self.up = nn.ModuleList(stack(2 * a, a) for a, _ in reversed(pairs))
-        self.out = nn.Linear(channels[0], folded)
-        self.sizes = [2 * len(block.first.norm.bias) for part in (*self.down, *self.up) for block in part]
-        self.film = nn.Linear(2 * embed, sum(self.sizes))                        # of all blocks at once
 
-    def forward(self, x, t, state, k=None):
-        embedding = self.embed(t[:, None] if k is None else torch.stack([t, k], dim=1))
-        condition = self.condition(torch.cat([embedding, state], dim=1))
-        films = iter(self.film(condition).split(self.sizes, dim=1))
-        h, skips = x.reshape(x.shape[0], -1, self.patch * x.shape[2]), []        # (B, H / patch, patch A)
-        for level, part in enumerate(self.down):
-            for block in part:
-                h = block(h, next(films))
-            if level < len(self.shrink):
-                skips.append(h)
-                h = self.shrink[level](h.reshape(h.shape[0], h.shape[1] // 2, -1))
-        for grow, part in zip(self.grow, self.up):
-            h = torch.cat([grow(h).reshape(h.shape[0], 2 * h.shape[1], -1), skips.pop()], dim=2)
-            for block in part:
-                h = block(h, next(films))
-        return self.out(h).reshape(x.shape)
+    def __init__(
+        self, action_dim, state_dim, channels=(64, 128), kernel=3, blocks=1, patch=4, student=False
+    ):
+        super().__init__()
+        waves, widths = min(2 * channels[0], 256), (patch * action_dim, *channels)
+        self.patch, c = patch, 2 * waves
+        frequencies = 250 * 10_000 ** -torch.linspace(0, 1, waves // 2)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.level_in = nn.Linear(2 * waves if student else waves, c)  # of t; a student: t and k
+        self.level = nn.Sequential(nn.SiLU(), nn.Linear(c, c))
+        self.state = nn.Linear(state_dim, c)
+        self.condition = nn.Sequential(nn.SiLU(), nn.Linear(c, c), nn.SiLU())
+
+        def stack(n, c_in, c_out):
+            pairs = [(c_in, c_out)] + (n - 1) * [(c_out, c_out)]
+            return nn.ModuleList(ResidualBlock(*pair, c, kernel) for pair in pairs)
+
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for above, width in itertools.pairwise(widths[:-1]):
+            halve = nn.Linear(2 * width, width)  # two positions -> one
+            self.down.append(nn.ModuleList([stack(blocks, above, width), halve]))
+        self.middle = stack(2 * blocks, *widths[-2:])
+        for below, width in itertools.pairwise(reversed(channels)):
+            double = nn.Linear(below, 2 * width)  # one position -> two
+            self.up.append(nn.ModuleList([double, stack(blocks, 2 * width, width)]))
+        self.out = nn.Linear(channels[0], widths[0])
+
+    def embed(self, *levels):
+        """Noise levels t (a student: t, k), floats or (B,) -> (1 or B, C), MLP of sinusoids."""
+        like = self.frequencies
+        columns = [torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in levels]
+        angles = torch.stack(columns, dim=-1).log().reshape(-1, len(levels), 1) * like
+        return self.level(self.level_in(torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)))
+
+    def forward(self, x, embedding, state):
+        condition = self.condition(embedding + self.state(state))  # (B, C)
+        y, skips = x.reshape(x.shape[0], -1, self.patch * x.shape[2]), []  # (B, H / patch, patch A)
+        for blocks, halve in self.down:
+            for block in blocks:
+                y = block(y, condition)
+            skips.append(y)
+            y = halve(y.reshape(y.shape[0], y.shape[1] // 2, -1))
+        for block in self.middle:
+            y = block(y, condition)
+        for double, blocks in self.up:
+            y = double(y).reshape(y.shape[0], 2 * y.shape[1], -1)
+            y = torch.cat([y, skips.pop()], dim=2)
+            for block in blocks:
+                y = block(y, condition)
+        return self.out(y).reshape(x.shape)
+
 
 def warm_start(student, teacher):
-    """Give a student the teacher's weights; the columns that read k start at zero."""
-    weights, first = teacher.state_dict(), "embed.mlp.0.weight"
+    """Give a student the teacher's weights; what reads k starts at 0: the teacher, whatever k."""
+    weights, first = teacher.state_dict(), "level_in.weight"
     weights[first] = torch.cat([weights[first], torch.zeros_like(weights[first])], dim=1)
     student.load_state_dict(weights)
 
-# ---- 4. EDM teacher (RACTD Eq. 4; Karras et al. 2022) ---------------------------------------------
+
+# ---- 4. EDM teacher (RACTD Eq. 4; Karras et al. 2022) --------------------------------------------
+
+
 def karras_sigmas(n=80, smin=SIGMA_MIN, smax=SIGMA_MAX, rho=7.0, device="cpu"):
     """The noise grid, descending from smax to smin: (n,) float64 (Karras et al. 2022, Eq. 5)."""
     ramp = torch.linspace(0, 1, n, dtype=torch.float64, device=device)
-    return (smax ** (1 / rho) + ramp * (smin ** (1 / rho) - smax ** (1 / rho))) ** rho
+    sigmas = (smax ** (1 / rho) + ramp * (smin ** (1 / rho) - smax ** (1 / rho))) ** rho
+    return sigmas.clamp(smin, smax)  # no rounding error at the ends
+
 
 def lognormal_levels(batch, device="cpu", mean=-1.2, std=1.2, smin=SIGMA_MIN, smax=SIGMA_MAX):
-    """Teacher noise t (B,): ln t ~ N(mean, std^2), truncated (released: not; 1.2 % lie below smin)."""
-    low, high = (0.5 * (1 + math.erf((math.log(s) - mean) / std / math.sqrt(2))) for s in (smin, smax))
+    """Teacher noise t (B,): ln t ~ N(mean, std^2), truncated (released: 1.2 % lie below smin)."""
+    normal = torch.distributions.Normal(mean, std, validate_args=False)
+    low, high = normal.cdf(torch.tensor([smin, smax]).log()).tolist()
     quantile = low + (high - low) * torch.rand(batch, device=device)
-    return torch.exp(mean + std * math.sqrt(2) * torch.erfinv(2 * quantile - 1)).clamp(smin, smax)
+    return normal.icdf(quantile).exp().clamp(smin, smax)
 
-def denoise(net, x, t, state, k=None):
-    """The teacher's denoiser D(x, t), or the student's g(x, t, k), from the raw network F.
 
-    x (B, H, A), t (B,), state (B, S), k (B,) or None -> estimate of the clean chunk (B, H, A).
-    Preconditioning of Karras et al. 2022 with the boundary condition of consistency models:
-    c_skip = 1 and c_out = 0 at smin, so that D(x, smin) = x.
+def precondition(net, t, k=None, smin=SIGMA_MIN, sigma_data=SIGMA_DATA):
+    """c_skip, c_out, c_in of Karras et al. 2022 and the network's embedding, at levels t and k.
+
+    With the boundary condition of consistency models: c_skip = 1 and c_out = 0 at smin. t, k:
+    floats or (B,) -> the factors are floats or (B, 1, 1), the embedding is (1 or B, embed).
     """
-    s, sd, above = expand(t), SIGMA_DATA, expand(t - SIGMA_MIN)
-    root = (s**2 + sd**2).sqrt()
-    c_skip, c_out, c_in = sd**2 / (above**2 + sd**2), above * sd / root, 1 / root
-    return c_skip * x + c_out * net(c_in * x, t, state, k)
+    root = (t**2 + sigma_data**2) ** 0.5
+    c_skip = sigma_data**2 / ((t - smin) ** 2 + sigma_data**2)
+    c_out = (t - smin) * sigma_data / root
+    embedding = net.embed(t) if k is None else net.embed(t, k)
+    return expand(c_skip), expand(c_out), expand(1 / root), embedding
 
-def heun_step(denoiser, x, t, u):
-    """Eq. 6's Solver: Heun (Karras et al. 2022); x (B, H, A) at t (B,) -> u < t; denoiser: (x, t) -> x0."""
-    slope = (x - denoiser(x, t)) / expand(t)     # dx/dt
+
+def denoise(net, x, t, state, k=None, level=None):
+    """The teacher's denoiser D(x, t), or the student's g(x, t, k), made of the network F.
+
+    x (B, H, A), t and k floats or (B,), state (B, S) -> estimate of the clean plan (B, H, A); at
+    smin x itself. level: what `precondition` gave for t and k, where they never change.
+    """
+    c_skip, c_out, c_in, embedding = level or precondition(net, t, k)
+    return c_skip * x + c_out * net(c_in * x, embedding, state)
+
+
+def heun_step(denoiser, x, t, u, smin=SIGMA_MIN):
+    """Eq. 6's Solver, a step of Heun's method (Karras et al. 2022, Alg. 1) from t to u < t.
+
+    denoiser: callable (x, t) -> x0; x (B, H, A); t, u floats or (B,). A step down to smin is
+    Euler's: there D(x, smin) = x, so that the second slope would be 0 and halve the step.
+    """
+    slope = (x - denoiser(x, t)) / expand(t)  # dx/dt
     euler = x + expand(u - t) * slope
     slope_u = (euler - denoiser(euler, u)) / expand(u)
-    return x + expand(u - t) * (slope + slope_u) / 2
+    return euler + expand(0.5 * (u - t) * (u > smin)) * (slope_u - slope)
+
 
 @torch.no_grad()
 def heun_sample(denoiser, x, sigmas):
-    """Solve the ODE: x (B, H, A) at sigmas[0] -> (x at sigmas[-1], NFE = 2 (n - 1), 158 for 80 levels)."""
-    levels = sigmas.to(x)[:, None].expand(-1, x.shape[0])                        # (n, B)
-    for t, u in zip(levels, levels[1:]):
-        x = heun_step(denoiser, x, t, u)
-    return x, 2 * (len(sigmas) - 1)
+    """Solve the ODE: x (B, H, A) at sigmas[0] -> (x at smin, network calls: 157 for 80 levels).
+
+    denoiser: callable (x, t) -> x0, t a float; sigmas (n,): descending, the last one smin.
+    """
+    *levels, smin = sigmas.tolist()
+    for t, u in itertools.pairwise(levels):
+        x = heun_step(denoiser, x, t, u, smin)
+    slope = (x - denoiser(x, levels[-1])) / levels[-1]
+    return x + (smin - levels[-1]) * slope, 2 * len(sigmas) - 3
+
 
 def squared(a, b):
     """Mean over the elements of the squared error: (B, ...) -> (B,). Its minimiser is the mean."""
     return (a - b).square().flatten(1).mean(1)
 
-def pseudo_huber(a, b):
-    """sqrt(||a - b||^2 + c^2) - c, c = 0.00054 sqrt(dim): (B, ...) -> (B,) (Song & Dhariwal 2023).
 
-    Its minimiser is the median. (Released: sqrt(e^4 + c^2) - c per element, `squared` in all but name.)
+def pseudo_huber(a, b):
+    """sqrt(||a - b||^2 + c^2) - c, c = 0.00054 sqrt(dim): (B, ...) -> (B,) (Song, Dhariwal 2023).
+
+    Its minimiser is the median. (Released: sqrt(e^4 + c^2) - c per element, nearly `squared`.)
     """
     error = (a - b).flatten(1)
     c = 0.00054 * math.sqrt(error.shape[1])
     return (error.square().sum(1) + c**2).sqrt() - c
 
-DISTANCES = {"squared": squared, "pseudo-huber": pseudo_huber}
 
-def edm_weight(t):
+def edm_weight(t, sigma_data=SIGMA_DATA):
     """Loss weight of Karras et al. 2022, about 1 / c_out^2: (B,) -> (B,)."""
-    return (t**2 + SIGMA_DATA**2) / (t * SIGMA_DATA) ** 2
+    return (t**2 + sigma_data**2) / (t * sigma_data) ** 2
+
 
 def edm_loss(denoiser, x0, t, noise, distance=squared):
-    """Eq. 4: w(t) d(x0, D(x0 + t noise, t)), mean over the batch -> (loss, info: by noise level).
+    """Eq. 4: w(t) d(x0, D(x0 + t noise, t)), mean over the batch -> scalar.
 
-    Squared, because the ODE needs the mean E[x0 | x_t]; the paper's pseudo-Huber gives a median.
+    denoiser: callable (x, t) -> x0; x0, noise (B, H, A); t (B,). The default d is the squared
+    error: the ODE needs the mean E[x0 | x_t], and the paper's pseudo-Huber gives a median.
     """
-    loss = edm_weight(t) * distance(denoiser(x0 + expand(t) * noise, t), x0)     # (B,)
-    bands = {"low": t < 0.2, "mid": (t >= 0.2) & (t < 1), "high": t >= 1}
-    return loss.mean(), {name: (loss.detach() * m).sum() / m.sum().clamp(min=1) for name, m in bands.items()}
+    return (edm_weight(t) * distance(denoiser(x0 + expand(t) * noise, t), x0)).mean()
 
-# ---- 5. Reward model (RACTD Eq. 8): the return-to-go of one state and action ----------------------
+
+# ---- 5. Reward model (RACTD Eq. 8): the return-to-go of one state and action ---------------------
+
+
 class RewardModel(nn.Module):
-    """R(s_n, a_n): state (B, S), action (B, A) -> return-to-go (B,), normalised; after the released MLP."""
+    """R(s_n, a_n): state (B, S), action (B, A) -> normalised return-to-go (B,); as released."""
+
     def __init__(self, state_dim, action_dim, widths=(64, 128, 256)):
         super().__init__()
         self.layers = nn.ModuleList()
-        for a, b in zip((state_dim + action_dim, *widths), widths):
-            self.layers += [nn.Linear(a, b)] + [nn.Sequential(
-                nn.LayerNorm(b), nn.Linear(b, b), nn.SiLU(), nn.Linear(b, b)) for _ in range(2)]
+        for c_in, c in itertools.pairwise((state_dim + action_dim, *widths)):
+            mlps = [(nn.LayerNorm(c), nn.Linear(c, c), nn.SiLU(), nn.Linear(c, c)) for _ in "12"]
+            self.layers += [nn.Linear(c_in, c), *(nn.Sequential(*mlp) for mlp in mlps)]
         self.out = nn.Sequential(nn.SiLU(), nn.Linear(widths[-1], 1))
 
     def forward(self, state, action):
         x = torch.cat([state, action], dim=1)
         for layer in self.layers:
             x = layer(x) if isinstance(layer, nn.Linear) else x + layer(x)
-        return self.out(x).squeeze(1).float()    # under autocast, too
+        return self.out(x).squeeze(1)
 
-def reward_model_loss(prediction, returns_to_go):
-    """Squared error of R, both (B,) -> (loss, info)."""
-    loss = (prediction - returns_to_go).square().mean()
-    return loss, {"rmse": loss.detach().sqrt()}
 
-# ---- 6. CTM student and its three losses (RACTD Eqs. 5-9; Kim et al. 2024) ------------------------
-def mix(x, g, t, k):
-    """G = (k/t) x + (1 - k/t) g, x, g (B, H, A), t, k (B,): x at k = t, g at k = 0 (Kim et al. 2024)."""
+# ---- 6. CTM student and its losses (RACTD Eqs. 5-9; Kim et al. 2024) -----------------------------
+
+
+def jump_from(x, g, t, k):
+    """G = (k/t) x + (1 - k/t) g, x and g (B, H, A): x if k = t, g if k = 0 (Kim et al. 2024)."""
     return torch.lerp(g, x, expand(k / t))
 
-def student_jump(net, x, t, k, state):
-    """G(x, t, k) of Eq. 6: from noise level t straight to k <= t in one network call; (B, H, A)."""
-    return mix(x, denoise(net, x, t, state, k), t, k)
+
+def student_jump(net, x, t, k, state, level=None):
+    """G(x, t, k) of Eq. 6: from noise level t straight to k <= t by one network call: (B, H, A)."""
+    return jump_from(x, denoise(net, x, t, state, k, level), t, k)
+
 
 def draw_jumps(batch, sigmas):
-    """Grid levels t > u >= k, each (B,): i_u ~ U{1..n-1}, i_t = i_u - 1, i_k ~ U{i_u..n-1}.
+    """Grid levels t > u >= k, (B,) each: i_u ~ U{1..N-1}, i_t = i_u - 1, i_k ~ U{i_u..N-1}.
 
-    k = u, the direct comparison with the teacher, is among them; u = t, 15 % of the released draws, is not.
+    k = u, the direct comparison with the teacher, is among them; u = t, 15 % as released, is not.
     """
     n = len(sigmas)
     i_u = torch.randint(1, n, (batch,), device=sigmas.device)
     i_k = i_u + (torch.rand(batch, device=sigmas.device) * (n - i_u)).long()
     return sigmas[i_u - 1], sigmas[i_u], sigmas[i_k]
 
-def mixed_levels(batch, device="cpu", rho=7.0):
-    """Released noise of Eq. 7 (B,): half the teacher's, half uniform over the grid's 80 .. 0.76."""
-    high, low = SIGMA_MAX ** (1 / rho), SIGMA_MIN ** (1 / rho)
-    warped = (high + 0.7 * torch.rand(batch, device=device) * (low - high)) ** rho
-    return torch.where(torch.rand(batch, device=device) < 0.5, warped, lognormal_levels(batch, device))
 
-def ctm_loss(x_hat, x_ref, jump_to_zero, distance=pseudo_huber):
-    """Eq. 5: the student's jump against the teacher's, both carried on to 0 -> (loss, info).
+def ctm_loss(g, x_t, t, u, k, teacher, frozen_jump, smin=SIGMA_MIN, distance=pseudo_huber):
+    """Eqs. 5 and 6: the student's jump t -> k against the teacher's step t -> u and a jump u -> k.
 
-    x_hat (B, H, A) = G(x_t, t, k), with gradient; x_ref = G_sg(Solver(x_t, t, u), u, k), without (Eq. 6).
-    jump_to_zero: callable, x at k -> x at 0; its weights are frozen, but the gradient passes through it.
+    g (B, H, A): the student's g(x_t, t, k), with gradient; t > u >= k, (B,) each. teacher: D,
+    callable (x, t) -> x0, frozen. frozen_jump: G_sg, callable (x, t, k) -> x, whose weights are
+    frozen while the gradient passes through it. -> scalar
     """
+    zero = torch.full_like(k, smin)
+    x_hat = jump_from(x_t, g, t, k)  # Eq. 6, left: G_theta(x_t, t, k)
+    estimate = frozen_jump(x_hat, k, zero)  # Eq. 5, left: carried on to 0
     with torch.no_grad():
-        target = jump_to_zero(x_ref)
-    loss = distance(jump_to_zero(x_hat), target).mean()
-    return loss, {"ctm": loss.detach()}
+        x_u = heun_step(teacher, x_t, t, u, smin)  # Eq. 6, right: Solver(x_t, t, u; phi)
+        x_ref = frozen_jump(x_u, u, k)  # Eq. 6, right: G_sg(x_u, u, k)
+        target = frozen_jump(x_ref, k, zero)  # Eq. 5, right: carried on to 0
+    return distance(estimate, target).mean()
+
 
 def dsm_loss(prediction, x0, t, distance=squared):
-    """Eq. 7: w(t) d(x0, prediction of x0 from x_t), mean over the batch -> (loss, info).
+    """Eq. 7: w(t) d(x0, prediction of x0 from x_t), mean over the batch -> scalar.
 
     prediction (B, H, A): g(x_t, t, t), the student as a denoiser (Kim et al. 2024; default), or
-    G(x_t, t, 0), Eq. 7 to the letter, which asks the end point of an ODE path to be a mean or median.
+    G(x_t, t, 0), Eq. 7 to the letter, which asks an ODE path's end to be a mean or a median.
     """
-    loss = (edm_weight(t) * distance(prediction, x0)).mean()
-    return loss, {"dsm": loss.detach()}
+    return (edm_weight(t) * distance(prediction, x0)).mean()
+
 
 def reward_loss(reward_model, state, action):
-    """Eq. 8: -R(s_n, a_n), mean over the batch -> (loss, info).
+    """Eq. 8: -R(s_n, a_n), mean over the batch -> scalar.
 
-    state (B, S); action (B, A): the first of the student's one-step sample, clipped to the action box,
-    outside which R extrapolates and its gradient runs away.
+    state (B, S); action (B, A): the first of the student's one-call plan, clipped to the action
+    box, outside which R extrapolates and its gradient runs away.
     """
-    value = reward_model(state, action.clamp(-1, 1)).mean()
-    return -value, {"R": value.detach()}
+    return -reward_model(state, action.clamp(-1, 1)).mean()
 
-def anchor_loss(x_hat, denoised):
-    """Not in the paper: |x_hat - denoised|^2 / 2, both (B, H, A), mean over the batch -> (loss, info).
 
-    denoised = D(x_hat + s noise, s) of the frozen teacher. Eq. 8 alone leaves the data, where R is wrong;
-    this leads back to their nearest mode, firmly if it is narrow (score distillation: Poole et al. 2022).
+def anchor_loss(x_hat, teacher, level=0.2):
+    """Not in the paper: |x_hat - D(x_hat + level n, level)|^2 / 2, mean over the batch -> scalar.
+
+    x_hat (B, H, A): the plan that Eq. 8 pulls; teacher: D, callable (x, t) -> x0, frozen. Without
+    it that plan leaves the data, where R is wrong (score distillation: Poole et al. 2022).
     """
-    loss = (x_hat - denoised.detach()).square().flatten(1).sum(1).mean() / 2
-    return loss, {"anchor": loss.detach()}
+    with torch.no_grad():
+        denoised = teacher(x_hat + level * torch.randn_like(x_hat), level)
+    return (x_hat - denoised).square().flatten(1).sum(1).mean() / 2
+
 
 def distillation_loss(student, target, teacher, reward_model, state, x0, config):
-    """Eq. 9: alpha L_CTM + beta L_DSM + sigma L_Reward (+ anchor) on one batch -> (loss, info).
+    """Eq. 9: alpha L_CTM + beta L_DSM + sigma L_Reward (+ anchor), on one batch -> (loss, info).
 
-    target, teacher, reward_model (any callable (state, action) -> (B,)): frozen; state (B, S), x0
-    (B, H, A); config: the student's fields of Config. One student call serves all three losses.
+    student, target, teacher: networks; reward_model: callable (state, action) -> (B,), or None for
+    CTD; all but the student frozen. state (B, S), x0 (B, H, A); config: Config.
     """
-    sigmas = karras_sigmas(config.grid_points, device=x0.device).to(x0)
-    t, u, k = draw_jumps(len(x0), sigmas)
-    zero = torch.full_like(t, SIGMA_MIN)
+
+    def denoiser(x, t):
+        return denoise(teacher, x, t, state)
+
+    def frozen_jump(x, t, k):
+        return student_jump(target, x, t, k, state)
+
+    distance = pseudo_huber if config.distance == "pseudo-huber" else squared
+    # draw: where the student starts, at which level, and to which it goes
+    t, u, k = draw_jumps(len(x0), karras_sigmas(config.grid_points, device=x0.device).to(x0))
     x_t = x0 + expand(t) * torch.randn_like(x0)
-    with torch.no_grad():                # Eq. 6, right: the teacher's step, then the frozen jump
-        x_u = heun_step(lambda x, t: denoise(teacher, x, t, state), x_t, t, u)
-        x_ref = student_jump(target, x_u, u, k, state)
-    jumps = {"ctm": (x_t, t, k)}         # loss -> where the student starts, from which level, to which
-    if config.dsm_weight:
-        s = (lognormal_levels if config.dsm_noise == "lognormal" else mixed_levels)(len(x0), x0.device)
-        end = s if config.dsm_target == "denoiser" else zero
-        jumps["dsm"] = (x0 + expand(s) * torch.randn_like(x0), s, end)
-    if config.reward_weight:             # G(x_T, T, 0), from little noise: the middle of its plans
-        jumps["reward"] = (config.reward_noise * torch.randn_like(x0), torch.full_like(t, SIGMA_MAX), zero)
-    x, start, end = (torch.cat(parts) for parts in zip(*jumps.values()))
-    outputs = denoise(student, x, start, state.repeat(len(jumps), 1), end).split(len(x0))
-    g = dict(zip(jumps, outputs))                                                # loss -> (B, H, A)
-    losses = {"ctm": ctm_loss(mix(x_t, g["ctm"], t, k), x_ref,
-                              lambda x: student_jump(target, x, k, zero, state),
-                              DISTANCES[config.ctm_distance])}
-    if config.dsm_weight:
-        x_s, s, end = jumps["dsm"]
-        x_hat = g["dsm"] if config.dsm_target == "denoiser" else mix(x_s, g["dsm"], s, end)
-        losses["dsm"] = dsm_loss(x_hat, x0, s, DISTANCES[config.dsm_distance])
-    if config.reward_weight:
-        x_T, T, end = jumps["reward"]
-        x_hat = mix(x_T, g["reward"], T, end)
-        losses["reward"] = reward_loss(reward_model, state, x_hat[:, 0])
-        if config.anchor_weight:
-            s = torch.full_like(t, config.anchor_noise)
-            with torch.no_grad():
-                denoised = denoise(teacher, x_hat + expand(s) * torch.randn_like(x0), s, state)
-            losses["anchor"] = anchor_loss(x_hat, denoised)
-    loss = sum(getattr(config, f"{name}_weight") * term for name, (term, _) in losses.items())
-    return loss, {key: value for _, info in losses.values() for key, value in info.items()}
+    zero, top = torch.full_like(t, SIGMA_MIN), torch.full_like(t, SIGMA_MAX)
+    t_dsm = lognormal_levels(len(x0), x0.device)
+    k_dsm = zero if config.dsm_target == "jump" else t_dsm
+    x_dsm = x0 + expand(t_dsm) * torch.randn_like(x0)
+    x_T = config.reward_noise * torch.randn_like(x0)
+
+    # forward: one network call for all losses, for three smaller ones would take longer
+    queries = (x_t, t, k), (x_dsm, t_dsm, k_dsm), (x_T, top, zero)
+    x, start, end = (torch.cat(parts) for parts in zip(*queries, strict=True))
+    g_ctm, g_dsm, g_reward = denoise(student, x, start, state.repeat(3, 1), end).chunk(3)
+    if config.dsm_target == "jump":
+        g_dsm = jump_from(x_dsm, g_dsm, t_dsm, zero)  # G(x_t, t, 0)
+    plan = jump_from(x_T, g_reward, top, zero)  # G(x_T, T, 0)
+
+    ctm = ctm_loss(g_ctm, x_t, t, u, k, denoiser, frozen_jump)
+    dsm = dsm_loss(g_dsm, x0, t_dsm, distance)
+    loss = config.ctm_weight * ctm + config.dsm_weight * dsm
+    info = {"ctm": ctm.detach(), "dsm": dsm.detach()}
+    if reward_model is None:
+        return loss, info
+    reward = reward_loss(reward_model, state, plan[:, 0])
+    anchor = anchor_loss(plan, denoiser)
+    loss = loss + config.reward_weight * reward + config.anchor_weight * anchor
+    return loss, info | {"R": -reward.detach(), "anchor": anchor.detach()}
+
 
 @torch.no_grad()
-def student_sample(jump, noise, sigmas, nfe=1, init_noise=SIGMA_MAX, renoise=torch.randn_like):
+def student_sample(jump, x_T, sigmas, nfe=1, noise=torch.randn_like):
     """xhat_0 = G(x_T, T, 0), the policy's one network call; optionally nfe - 1 refinements.
 
-    jump: callable (x, t, k) -> x; noise (B, H, A) ~ N(0, 1). A refinement restarts from fresh noise at
-    grid index ceil(i n / nfe): for nfe = 3 and n = 80 at 27 and 54, sigma 12.0 and 0.885. -> (x, nfe)
+    jump: callable (x, t, k) -> x, t and k floats; x_T (B, H, A): noise of scale T; sigmas (n,);
+    noise: callable, x -> fresh N(0, 1) like x. A refinement starts at grid index ceil(i n / nfe):
+    for nfe = 3 and n = 80 at 27 and 54, sigma 12.0 and 0.885. -> (plan (B, H, A), network calls)
     """
-    levels = sigmas.to(noise)[:, None].expand(-1, noise.shape[0])                # (n, B)
-    x = jump(init_noise * noise, levels[0], levels[-1])
+    *levels, smin = sigmas.tolist()
+    x = jump(x_T, levels[0], smin)
     for i in range(1, nfe):
-        t = levels[min(-(-i * len(sigmas) // nfe), len(sigmas) - 1)]
-        x = jump(x + expand((t**2 - SIGMA_MIN**2).sqrt()) * renoise(x), t, levels[-1])
+        t = levels[min(math.ceil(i * len(sigmas) / nfe), len(levels) - 1)]
+        x = jump(x + math.sqrt(t**2 - smin**2) * noise(x), t, smin)
     return x, nfe
 
-# ---- 7. Training ----------------------------------------------------------------------------------
+
+# ---- 7. Training --------------------------------------------------------------------------------
+
+WEIGHT_DECAY = {"teacher": 1e-6, "reward": 1e-3, "student": 1e-4}  # of AdamW, as released
+FORMAT = 2  # of checkpoints
+SAVE_EVERY = 30.0  # seconds between checkpoints
+
+
 @contextlib.contextmanager
 def replacing(path):
     """A binary file that takes the place of `path` once it is written whole, or never."""
-    partial = Path(path).with_suffix(".part")
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    partial = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(partial, "wb") as f:
             yield f
@@ -596,427 +713,463 @@ def replacing(path):
     finally:
         partial.unlink(missing_ok=True)
 
-def load_checkpoint(path, stage, device):
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint, whole or not at all, and its log beside it as JSON lines."""
+    buffer = io.BytesIO()  # torch has no clear error for a full disk
+    torch.save(checkpoint, buffer)
+    with replacing(path) as f:
+        f.write(buffer.getbuffer())
+    with replacing(path.with_suffix(".jsonl")) as f:
+        f.writelines((json.dumps(row) + "\n").encode() for row in checkpoint["log"])
+
+
+def load_checkpoint(path, stage, device="cpu"):
     """A checkpoint of that stage, or UserError saying what is wrong with the file."""
     if not Path(path).is_file():
-        raise UserError(f"no trained {stage} at {path}: `ractd.py distill` trains whatever is missing")
+        raise UserError(f"no trained {stage} at {path}: `ractd.py distill` trains what is missing")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        found, checkpoint["config"] = checkpoint["stage"], dataclasses.asdict(Config(**checkpoint["config"]))
-    except Exception as error:           # torch and pickle raise many types for a damaged file
-        raise UserError(f"{path} is damaged, or is not a checkpoint of this program "
-                        f"({type(error).__name__}); move it away and give the same command again") from None
+        found, version = checkpoint["stage"], checkpoint.get("format", 1)
+    except (OSError, EOFError, RuntimeError, pickle.PickleError, LookupError, TypeError) as error:
+        what = f"damaged, or no checkpoint of this program ({type(error).__name__})"
+        raise UserError(f"{path} is {what}; delete it and give the same command again") from None
+    if version != FORMAT:
+        age = "an older" if version < FORMAT else "a newer"
+        raise UserError(f"{path} is of {age} version of this program; delete it or change --out")
     if found != stage:
         raise UserError(f"{path} holds a {found}, not a {stage}")
     return checkpoint
 
-def frozen(net):
-    """The network in eval mode, with no gradient to its weights."""
-    return net.eval().requires_grad_(False)
-
-@torch.no_grad()
-def ema_update(target, online, decay):
-    """target <- decay target + (1 - decay) online: decay 0 copies, decay 1 never moves."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - decay)
-
-def cosine(step, steps, warmup):
-    """Learning-rate factor: linear warm-up, then half a cosine down to 0."""
-    done = max(0, step - warmup) / max(1, steps - warmup)
-    return min((step + 1) / max(1, warmup), 0.5 + 0.5 * math.cos(math.pi * done))
-
-@contextlib.contextmanager
-def deferred_interrupt():
-    """A list that Ctrl-C fills, so that no training step is left half done."""
-    stop = []
-    handler = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 def train_step(net, average, optimizer, loss_fn, decay):
-    """One gradient step; `average` follows with that decay. -> {name: tensor}: losses, gradient norm."""
+    """One gradient step, after which `average` follows -> {name: tensor} to log."""
     loss, info = loss_fn(net, average)
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
     optimizer.step()
-    ema_update(average, net, decay)
-    return {"loss": loss.detach(), **info, "grad": norm}
+    with torch.no_grad():  # decay 0 copies, decay 1 never moves
+        torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+    return {**info, "loss": loss.detach(), "grad": norm}
 
-def fit(stage, net, loss_fn, run, meta, stop=()):
-    """Train `net` for config.<stage>_steps, leaving <stage>.pt and lines in log.jsonl; resumes by itself.
 
-    loss_fn(net, average) draws a batch -> (loss, {name: tensor}); average: net's EMA, frozen, the result;
-    meta: what else the checkpoint holds; stop: once true, save and end. All randomness is torch's generator,
-    saved too: a run killed at any moment and given again ends in the same bits (on the CPU).
+def log_progress(stage, step, steps, infos, seconds):
+    """Print the means of the last steps' infos -> the same as a dict; UserError if not finite."""
+    means = {name: float(sum(info[name] for info in infos)) / len(infos) for name in infos[0]}
+    for name, mean in means.items():  # the only point that waits for CUDA is the line above
+        if not math.isfinite(mean):
+            where = f"between steps {step - len(infos):,} and {step:,}"
+            raise UserError(f"{stage}: {name} is {mean} {where}; try a smaller --{stage}-lr")
+    rate = len(infos) / seconds
+    eta = datetime.timedelta(seconds=round((steps - step) / rate))
+    if eta.days:
+        eta = f"{eta} (warning: the paper's sizes are made for GPUs)"
+    numbers = "  ".join(f"{name} {mean:7.4f}" for name, mean in means.items())
+    print(f"{stage:8}{step:8,}/{steps:,}  {numbers}  {rate:6.1f} steps/s  ETA {eta}", flush=True)
+    return {"step": step, "steps": steps, **means, "steps_per_s": rate}
+
+
+def fit(stage, net, loss_fn, config, path, meta):
+    """Train `net` for config.<stage>_steps and leave a checkpoint at `path`; resumes by itself.
+
+    loss_fn(net, average) draws a batch -> (loss, {name: tensor}); average: net's EMA, frozen, the
+    result. meta: what else the checkpoint holds. All randomness is torch's generator, saved too: a
+    run that was killed and is given again ends in the same bits (on the CPU). Ctrl-C saves.
     """
-    average = frozen(copy.deepcopy(net))
-    config, path, log = run.config, run.out / f"{stage}.pt", run.out / "log.jsonl"
-    loss_fn = torch.autocast(run.device.type, torch.bfloat16, config.precision == "bfloat16")(loss_fn)
-    steps, lr, warmup, decay = (getattr(config, f"{stage}_{x}") for x in ("steps", "lr", "warmup", "decay"))
-    optimizer = torch.optim.AdamW(net.parameters(), lr, (0.95, 0.999), weight_decay=decay, fused=True)
-    parts, step, before = dict(net=net, ema=average, optimizer=optimizer), 0, 0.0
-    meta = dict(meta, stage=stage, version=VERSION, config=dataclasses.asdict(config))
+    average, device = copy.deepcopy(net).eval().requires_grad_(False), next(net.parameters()).device
+    steps, lr, warmup = (getattr(config, f"{stage}_{name}") for name in ("steps", "lr", "warmup"))
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr, (0.95, 0.999), weight_decay=WEIGHT_DECAY[stage], fused=True
+    )
+    parts, step, log, trained = {"net": net, "ema": average, "optimizer": optimizer}, 0, [], 0.0
     if path.exists():
-        saved = load_checkpoint(path, stage, run.device)
-        step, before = saved["step"], saved["seconds"]
+        saved = load_checkpoint(path, stage, device)
+        step, log, trained = saved["step"], saved["log"], saved["seconds"]
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"][0].cpu())
-        torch.cuda.set_rng_state_all([state.cpu() for state in saved["rng"][1:]])    # none on the CPU
+        torch.cuda.set_rng_state_all([state.cpu() for state in saved["rng"][1:]])  # CPU: none
         print(f"{stage}: goes on from step {step:,} of {steps:,}")
-    rows = [row for row in read_log(run.out) if row["stage"] != stage or row["step"] <= step]
-    with replacing(log) as f:            # without what will be logged again
-        f.writelines((json.dumps(row) + "\n").encode() for row in rows)
-    sums, mark, began, saved_at = {}, (time.time(), step), time.time(), time.time()
-    while step < steps:
-        optimizer.param_groups[0]["lr"] = lr * cosine(step, steps, warmup)
-        ema_decay = config.target_decay if stage == "student" else min(0.9999, 1 - (1 + step) ** -0.75)
-        info = train_step(net, average, optimizer, loss_fn, ema_decay)
-        step += 1
-        for name, value in info.items():
-            sums[name] = sums.get(name, 0) + value
-        save = step == steps or stop or time.time() - saved_at > run.save_every
-        if save or step % max(1, steps // 20) == 0:
-            means = {name: float(v) / (step - mark[1]) for name, v in sums.items()}  # the only wait for CUDA
-            if bad := [name for name, v in means.items() if not math.isfinite(v)]:
-                raise UserError(f"{stage}: {bad[0]} is {means[bad[0]]} between steps {mark[1]:,} and "
-                                f"{step:,}; what was saved before is in {path}; try a smaller --{stage}-lr")
-            rate = (step - mark[1]) / (time.time() - mark[0])
-            eta = f"{rate:6.1f} steps/s  ETA {datetime.timedelta(seconds=round((steps - step) / rate))}"
-            numbers = "  ".join(f"{name} {v:7.4f}" for name, v in means.items())
-            print(f"{stage:8}{step:8,}/{steps:,} {step / steps:5.0%}  {numbers}  {eta}", flush=True)
-            with open(log, "a") as f:
-                json.dump(dict(stage=stage, step=step, steps=steps, **means, steps_per_s=rate), f)
-                f.write("\n")
-            sums, mark = {}, (time.time(), step)
-        if save:                         # after the check: a broken state never replaces a good one
-            saved_at = time.time()
-            state = {name: part.state_dict() for name, part in parts.items()}
-            cuda = torch.cuda.get_rng_state_all() if run.device.type == "cuda" else ()
-            weights = torch.cat([x.flatten() for x in state["ema"].values()]).cpu().numpy()
-            torch.save(dict(meta, step=step, steps=steps, seconds=before + saved_at - began, **state,
-                            id=hashlib.sha256(weights).hexdigest()[:16], rng=[torch.get_rng_state(), *cuda]),
-                       buffer := io.BytesIO())           # torch has no clear error for a full disk
-            with replacing(path) as f:
-                f.write(buffer.getbuffer())
-            if stop:
-                print(f"{stage}: stopped at step {step:,}, saved; the same command less --retrain goes on")
-                raise KeyboardInterrupt
+    interrupts, infos, pause = [], [], SAVE_EVERY
+    began = logged_at = saved_at = time.monotonic()
+    handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # after the step
+    try:
+        while step < steps:
+            done = max(0, step - warmup) / max(1, steps - warmup)
+            factor = min((step + 1) / max(1, warmup), 0.5 + 0.5 * math.cos(math.pi * done))
+            optimizer.param_groups[0]["lr"] = lr * factor  # linear warm-up, then half a cosine
+            decay = (
+                config.target_decay if stage == "student" else min(0.9999, 1 - (1 + step) ** -0.75)
+            )
+            infos.append(train_step(net, average, optimizer, loss_fn, decay))
+            step += 1
+            now = time.monotonic()
+            save = step == steps or interrupts or now - saved_at > pause
+            if save or not log or step % max(1, steps // 20) == 0:
+                log.append(log_progress(stage, step, steps, infos, now - logged_at))
+                infos, logged_at = [], now
+            if save:  # after log_progress: a broken state never replaces a good one
+                cuda = torch.cuda.get_rng_state_all() if device.type == "cuda" else ()
+                state = {name: part.state_dict() for name, part in parts.items()}
+                state |= {"rng": [torch.get_rng_state(), *cuda], "seconds": trained + now - began}
+                state |= {"step": step, "steps": steps, "log": log, "format": FORMAT}
+                save_checkpoint(path, {**meta, "stage": stage, **state})
+                saved_at = time.monotonic()
+                pause = max(SAVE_EVERY, 20 * (saved_at - now))  # large checkpoints: less often
+                if interrupts:
+                    print(f"{stage}: stopped at step {step:,}, saved; the same command goes on")
+                    raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
-def read_log(out):
-    """The rows of log.jsonl, less a last one that was cut short."""
-    lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else ()
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
-# ---- 8. Acting and evaluation ---------------------------------------------------------------------
-def make_unet(config, dims, two_levels=False, dropout=0.0):
-    """The U-Net of a configuration; dims = sizes of an observation and an action."""
-    return UNet1d(dims[1], config.history * dims[0], config.channels, config.kernel, config.blocks,
-                  config.patch, config.embed, dropout, two_levels)
+# ---- 8. Acting and evaluation -------------------------------------------------------------------
 
-def load_reward_model(checkpoint, normalizer, device):
-    """R, frozen, as a callable of states and actions in the coordinates of `normalizer`."""
-    dims, own = checkpoint["dims"], Normalizer(checkpoint["normalizer"])
-    net = frozen(RewardModel(checkpoint["config"]["history"] * dims[0], dims[1])).to(device)
-    net.load_state_dict(checkpoint["ema"])
-    def change(name, x):                 # R may have been trained on other data than the student
-        x = normalizer.decode(name, x.unflatten(1, (-1, len(own.tables[name][0]))))
-        return own.encode(name, x).flatten(1)
-    return lambda state, action: net(change("obs", state), change("action", action))
 
-class Policy:
-    """A teacher.pt or student.pt as loaded, acting: raw observations in, raw chunks of actions out."""
-    def __init__(self, checkpoint, config, device="cpu"):
-        saved, self.config, self.device = Config(**checkpoint["config"]), config, device
+def make_unet(config, dims, student=False):
+    """The U-Net of a Config; dims: sizes of an observation and an action. UserError if none."""
+    multiple = config.patch * 2 ** (len(config.channels) - 1)
+    if not all(0 < width <= 8192 for width in config.channels):
+        raise UserError("--channels must be from 1 to 8192")
+    if config.horizon % multiple:
+        raise UserError(f"--horizon must be a multiple of patch * 2^(levels - 1), {multiple}")
+    size = (config.channels, config.kernel, config.blocks, config.patch)
+    return UNet1d(dims[1], dims[0], *size, student)
+
+
+class Policy(nn.Module):
+    """A loaded teacher.pt or student.pt, acting: raw observations in, raw plans of actions out.
+
+    how: Config, of which nfe, teacher_points and init_noise count. calls: network calls per plan.
+    """
+
+    def __init__(self, checkpoint, how=None, device="cpu"):
+        super().__init__()
+        config, how = Config(**checkpoint["config"]), how or Config()
         self.student = checkpoint["stage"] == "student"
-        self.net = frozen(make_unet(saved, checkpoint["dims"], two_levels=self.student)).to(device)
-        self.net.load_state_dict(checkpoint["ema"])
-        self.normalizer = Normalizer(checkpoint["normalizer"])
-        self.shape = (saved.horizon, checkpoint["dims"][1])                      # (H, A)
-        points = saved.grid_points if self.student else config.teacher_points
-        self.sigmas = karras_sigmas(points, device=device).float()
-        self.nfe = config.nfe if self.student else 2 * (config.teacher_points - 1)
+        self.net = make_unet(config, checkpoint["dims"], self.student).to(device)
+        self.net.eval().requires_grad_(False).load_state_dict(checkpoint["ema"])
+        self.tables = {name: tuple(x.to(device)) for name, x in checkpoint["normalizer"].items()}
+        self.shape, self.device = (config.horizon, checkpoint["dims"][1]), device  # (H, A)
+        self.sigmas = karras_sigmas(config.grid_points if self.student else how.teacher_points)
+        self.nfe, self.init_noise = how.nfe, how.init_noise
+        self.calls = how.nfe if self.student else 2 * how.teacher_points - 3
+        # what a network call at fixed levels needs does not depend on the state: made once, here
+        self.level = functools.cache(functools.partial(precondition, self.net))
+        with torch.no_grad():
+            self(torch.zeros(1, checkpoint["dims"][0], device=device))
 
-    @torch.inference_mode()              # a sixth faster at batch 1 than no_grad
-    def __call__(self, observations, generators):
-        """observations (B, h, O) and one numpy Generator per row -> actions (B, H, A)."""
+    @torch.inference_mode()  # a sixth faster at batch 1 than no_grad
+    def act(self, observations, generators):
+        """The same in numpy, the noise of each row from its own numpy Generator."""
+
         def noise(_):
-            draws = np.empty((len(generators), *self.shape), np.float32)
-            for generator, row in zip(generators, draws):
-                generator.standard_normal(dtype=np.float32, out=row)
-            return torch.from_numpy(draws).to(self.device)
+            rows = [generator.standard_normal(self.shape, np.float32) for generator in generators]
+            return torch.from_numpy(np.stack(rows)).to(self.device)
+
         observations = torch.from_numpy(np.asarray(observations, np.float32)).to(self.device)
-        return self.plan(observations, noise).cpu().numpy()
+        return self(observations, noise).cpu().numpy()
 
-    def plan(self, observations, noise):
-        """The same in torch: observations (B, h, O); noise: anything -> fresh (B, H, A) ~ N(0, 1)."""
-        state = self.normalizer.encode("obs", observations).flatten(1)           # (B, h O)
+    def forward(self, observations, noise=torch.randn_like):
+        """observations (B, O) -> plans (B, H, A); noise: callable, x -> fresh N(0, 1) like x."""
+        net, level, state = self.net, self.level, encode(observations, self.tables["obs"])
+        x_T = self.init_noise * noise(state.new_empty(state.shape[0], *self.shape))
         if self.student:
-            x, _ = student_sample(lambda x, t, k: student_jump(self.net, x, t, k, state), noise(None),
-                                  self.sigmas, self.nfe, self.config.init_noise, noise)
+            jump = lambda x, t, k: student_jump(net, x, t, k, state, level(t, k))
+            x, _ = student_sample(jump, x_T, self.sigmas, self.nfe, noise)
         else:
-            x, _ = heun_sample(lambda x, t: denoise(self.net, x, t, state),
-                               self.config.init_noise * noise(None), self.sigmas)
-        return self.normalizer.decode("action", x.clamp(-1, 1))                  # in the action box
+            denoiser = lambda x, t: denoise(net, x, t, state, level=level(t))
+            x, _ = heun_sample(denoiser, x_T, self.sigmas)
+        return decode(x.clamp(-1, 1), self.tables["action"])  # in the action box
 
-def evaluate(policy, make_env, episodes=20, first_seed=0, history=1, execute=1):
-    """Closed-loop returns of `episodes` episodes in lockstep, one policy call for all still running.
 
-    policy: (observations (B, h, O), B numpy Generators) -> actions (B, H, A), of which `execute` are carried
-    out; B is filled up to a multiple of 16. Episode i has seed first_seed + i, simulator and noise. Returns
-    sum env.step's rewards (released: running maxima). -> dict(returns, lengths, simulator_s, network_s)
+def simulator(env, minari_id=None):
+    """A callable that makes the environment of a D4RL name, or the one a Minari dataset is of."""
+    import gymnasium
+    import minari
+
+    gymnasium.logger.min_level = gymnasium.logger.ERROR  # no advice to leave the -v4 tasks
+    try:
+        make = functools.partial(gymnasium.make, TASKS.get(env.split("-")[0], (env,))[0])
+        if minari_id:
+            make = minari.load_dataset(minari_id).recover_environment
+        make().close()
+        return make
+    except (gymnasium.error.Error, ImportError, OSError, LookupError, ValueError) as error:
+        raise UserError(f"the environment of {minari_id or env} cannot be made ({error})") from None
+
+
+def evaluate(act, make_env, episodes=20, first_seed=0):
+    """Closed-loop returns of `episodes` episodes in lockstep: one policy call for all that go on.
+
+    act: (observations (B, O), B numpy Generators) -> plans (B, H, A), whose first action is carried
+    out; B is filled up to a multiple of 16. Episode i has seed first_seed + i, simulator and noise.
+    A return is the sum of the rewards (released: of their running maxima). -> dict of lists, times
     """
     envs = [make_env() for _ in range(episodes)]
-    pasts = [[env.reset(seed=first_seed + i)[0]] * history for i, env in enumerate(envs)]
+    observations = [env.reset(seed=first_seed + i)[0] for i, env in enumerate(envs)]
     generators = [np.random.default_rng(first_seed + i) for i in range(episodes)]
-    returns, lengths, running = np.zeros(episodes), np.zeros(episodes, int), list(range(episodes))
-    network_s, began, told = 0.0, time.perf_counter(), time.perf_counter()
+    returns, lengths, running = [0.0] * episodes, [0] * episodes, list(range(episodes))
+    began = told = time.perf_counter()
+    network_s = 0.0
     while running:
-        if time.perf_counter() > told + 10:
-            told = time.perf_counter()
-            print(f"step {lengths.max()}: {len(running)} of {episodes} episodes go on", flush=True)
-        asked, spare = time.perf_counter(), -len(running) % 16   # other batch sizes may round differently
-        plans = policy(np.array([pasts[i] for i in running + running[:1] * spare]),
-                       [generators[i] for i in running] + [np.random.default_rng(0)] * spare)
+        asked = time.perf_counter()
+        if asked > told + 10:
+            told = asked
+            print(f"step {max(lengths)}: {len(running)} of {episodes} episodes go on", flush=True)
+        spare = -len(running) % 16  # other batch sizes may round differently
+        rows = running + running[:1] * spare
+        used = [generators[i] for i in running] + [np.random.default_rng(0)] * spare
+        plans = act(np.array([observations[i] for i in rows]), used)
         network_s += time.perf_counter() - asked
-        for i, plan in zip(running, plans):
-            for action in plan[:execute]:
-                observation, reward, terminated, truncated, _ = envs[i].step(action)
-                pasts[i] = pasts[i][1:] + [observation]
-                returns[i] += reward
-                lengths[i] += 1
-                if terminated or truncated:
-                    running = [j for j in running if j != i]     # the loop goes on over the old list
-                    break
-    return dict(returns=returns.tolist(), lengths=lengths.tolist(), network_s=network_s,
-                simulator_s=time.perf_counter() - began - network_s)
+        for i, plan in zip(running.copy(), plans, strict=False):
+            observations[i], reward, terminated, truncated, _ = envs[i].step(plan[0])
+            returns[i] += float(reward)
+            lengths[i] += 1
+            if terminated or truncated:
+                running.remove(i)
+    times = {"network_s": network_s, "simulator_s": time.perf_counter() - began - network_s}
+    return {"returns": returns, "lengths": lengths, **times}
+
 
 def normalized_score(env, value):
-    """D4RL score of a return or an array: 0 = random policy, 100 = expert. NaN if env has no reference."""
-    _, random, expert, _ = TASKS.get(env.split("-")[0], (None, math.nan, math.nan, None))
+    """D4RL score of a return or an array: 0 = random policy, 100 = expert; NaN: no reference."""
+    _, random, expert = TASKS.get(env.split("-")[0], (None, math.nan, math.nan))
     return 100 * (value - random) / (expert - random)
 
-# ---- 9. The pipeline: data -> teacher, reward model -> student -> score ---------------------------
-STAGES = {"teacher": ("common", "network", "teacher"), "reward": ("common", "reward"),
-          "student": ("common", "network", "student")}   # stage -> parts of Config its checkpoint depends on
 
-def refuse(path, pairs, way_out):
-    """Raise UserError if a checkpoint differs from what is asked; pairs: (name, saved, asked)."""
-    if wrong := [f"  {name}: {a} in the file, {b} asked for" for name, a, b in pairs if a != b]:
-        raise UserError("\n".join([f"{path} was made otherwise:", *wrong, f"Give the same, {way_out}."]))
-
-class Pipeline:
-    """The dataset and the three stages: each is loaded if it is there and trained if it is not."""
-    def __init__(self, run):
-        self.run, config, normalizer = run, run.config, None
-        dataset = self.dataset = load_dataset(run.env, run.data)
-        self.dims = [dataset.observations.shape[1], dataset.actions.shape[1]]
-        env = simulator(run.env, run.data)()
-        sizes = [math.prod(space.shape) for space in (env.observation_space, env.action_space)]
-        if self.dims != sizes:
-            raise UserError(f"{dataset.name} has observations of {self.dims[0]} and actions of {self.dims[1]}"
-                            f" numbers, {run.env} has {sizes[0]} and {sizes[1]}; is --env right?")
-        if run.teacher:                  # its coordinates are the student's too
-            saved = load_checkpoint(run.teacher, "teacher", run.device)
-            refuse(run.teacher, [("sizes", saved["dims"], self.dims)], "another file")
-            normalizer = Normalizer(saved["normalizer"])
-        self.batches = Batches(dataset, config, run.device, normalizer)
-        print(dataset, self.batches.counts, sep="\n      ")
-        for stage in STAGES:             # epochs -> steps
-            steps, batch = getattr(config, f"{stage}_steps"), getattr(config, f"{stage}_batch")
-            rows = len(self.batches.obs if stage == "reward" else self.batches.starts)
-            setattr(config, f"{stage}_steps", steps if steps > 0 else math.ceil(-steps * rows / batch))
-        self.meta = dict(env=run.env, dims=self.dims, dataset=dataset.summary(),
-                         normalizer=self.batches.normalizer.tables)
-
-    def build(self, stage, saved):
-        """(network, loss_fn of it and its average) of a stage; saved: the checkpoints it builds on."""
-        config, batches, device, dims = self.run.config, self.batches, self.run.device, self.dims
-        if stage == "teacher":
-            def loss_fn(net, _):
-                state, x0 = batches.windows(config.teacher_batch)
-                return edm_loss(lambda x, t: denoise(net, x, t, state), x0, lognormal_levels(len(x0), device),
-                                torch.randn_like(x0), DISTANCES[config.teacher_distance])
-            return make_unet(config, dims).to(device), loss_fn
-        if stage == "reward":
-            def loss_fn(net, _):
-                state, action, target = batches.transitions(config.reward_batch)
-                return reward_model_loss(net(state, action), target)
-            return RewardModel(config.history * dims[0], dims[1]).to(device), loss_fn
-        teacher, student = frozen(make_unet(config, dims)), make_unet(config, dims, True, config.dropout)
-        teacher.load_state_dict(saved["teacher"]["ema"])
-        warm_start(student, teacher.to(device))
-        R = load_reward_model(saved["reward"], batches.normalizer, device) if config.reward_weight else None
-        return student.to(device), lambda net, average: distillation_loss(
-            net, average, teacher, R, *batches.windows(config.student_batch), config)
-
-    def depends(self, stage, saved):
-        """Everything that a stage's checkpoint depends on, name -> value."""
-        text = "{name} ({source}, {transitions:,} rows, mean return {return_mean:.6g}, SHA-256 {sha256:.16})"
-        fields = [f.name for f in dataclasses.fields(Config) if f.metadata["stage"] in STAGES[stage]]
-        return dict(env=self.run.env, task=self.run.env.split("-")[0], dims=self.dims,
-                    dataset=text.format(**self.meta["dataset"]),
-                    **{name: getattr(self.run.config, name) for name in fields},
-                    **{f"{name}_id": checkpoint["id"] for name, checkpoint in (saved or {}).items()})
-
-    def obtain(self, stage, saved=None):
-        """The finished checkpoint of a stage: --teacher/--reward FILE, the run folder's, or trained now."""
-        run, elsewhere = self.run, getattr(self.run, stage, None)
-        path = Path(elsewhere or run.out / f"{stage}.pt")
-        depends = self.depends(stage, saved)
-        if stage in run.retrain and path.exists() and not elsewhere:
-            os.replace(path, path.with_suffix(f".{time.time_ns()}.old.pt"))
-        if elsewhere or path.exists():
-            checkpoint = load_checkpoint(path, stage, run.device)
-            net = ("horizon", "channels", "kernel", "blocks", "patch", "embed") if stage == "teacher" else ()
-            same = ("task", "dims", "history", "steps", *net) if elsewhere else depends   # any data
-            was = checkpoint["config"] | checkpoint["depends"] | {"steps": checkpoint["step"]}
-            asked = depends | {"steps": checkpoint["steps"]}         # a file from elsewhere is finished
-            refuse(path, [(name, was.get(name), asked[name]) for name in same],
-                   "another file" if elsewhere else f"another --data or --out, or --retrain {stage}")
-            if elsewhere or checkpoint["step"] == checkpoint["steps"]:
-                print(f"{stage}: {path}, {checkpoint['step']:,} steps in {checkpoint['seconds']:.0f} s")
-                return checkpoint
-        with replacing(run.out / "config.json") as f:
-            f.write(json.dumps(dataclasses.asdict(run.config), indent=2).encode())
-        torch.manual_seed(run.config.seed)
-        net, loss_fn = self.build(stage, saved)
-        print(f"{stage}: {sum(p.numel() for p in net.parameters()):,} parameters")
-        with deferred_interrupt() as stop:
-            fit(stage, net, loss_fn, run, dict(self.meta, depends=depends), stop)
-        with contextlib.suppress(ImportError):      # ractd.py alone, or no matplotlib: no picture
-            from reproduce import plot_curves
-            plot_curves(run.out)
-        return load_checkpoint(path, stage, run.device)
-
-def assess(run, saved, actor, name):
-    """Score saved[actor] in the simulator; write <out>/<name>, print a table."""
-    config, checkpoint = run.config, saved[actor]
-    run.out.mkdir(parents=True, exist_ok=True)
-    policy = Policy(checkpoint, config, run.device)
-    print(f"evaluation: {config.episodes} episodes, {policy.nfe} network call(s) per action", flush=True)
-    result = evaluate(policy, simulator(run.env, run.data), config.episodes, config.first_seed,
-                      config.history, config.execute)
-    states, generators = np.zeros((1, config.history, checkpoint["dims"][0])), [np.random.default_rng(0)]
-    timer = Timer("policy(states, generators)", globals=locals(), num_threads=torch.get_num_threads())
-    data, returns, n = checkpoint["dataset"], np.array(result["returns"]), len(result["returns"])
-    method = "teacher" if not policy.student else "RACTD" if checkpoint["config"]["reward_weight"] else "CTD"
-    scores, ms = normalized_score(run.env, returns), 1000 * timer.blocked_autorange().median
-    sem = scores.std(ddof=1) / n ** 0.5 if n > 1 else math.nan
-    git = subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty 2>{os.devnull}")
-    metrics = dict(
-        env=run.env, dataset=data, method=method, nfe=policy.nfe, init_noise=config.init_noise,
-        episodes=n, seeds=list(range(config.first_seed, config.first_seed + n)), **result,
-        return_mean=returns.mean(), normalized_score_mean=scores.mean(), normalized_score_sem=sem,
-        seed=checkpoint["config"]["seed"], train_seconds={stage: c["seconds"] for stage, c in saved.items()},
-        ms_per_action=ms, device=str(run.device), git_commit=git or None,
-        versions=dict(ractd=VERSION, python=sys.version.split()[0], **{
-            name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}))
-    path = run.out / name.format(**metrics)
-    metrics = {key: None if value != value else value for key, value in metrics.items()}     # JSON has no NaN
+def evaluate_and_report(checkpoint, config, out, device="cpu"):
+    """Score a checkpoint as config says -> metrics, also as a file named after both."""
+    env, data = checkpoint["env"], checkpoint["dataset"]
+    n, first = config.episodes, config.first_seed
+    policy = Policy(checkpoint, config, device)
+    method = "RACTD" if checkpoint["config"]["reward_weight"] else "CTD"
+    method = method if policy.student else "teacher"
+    make_env = simulator(env, data["name"] if data["source"].startswith("minari") else None)
+    print(f"evaluation: {n} episodes, {policy.calls} network call(s) per plan", flush=True)
+    result = evaluate(policy.act, make_env, n, first)
+    mean = float(np.mean(result["returns"]))
+    scores = normalized_score(env, np.array([mean, *result["returns"]])).tolist()
+    sem = float(np.std(scores[1:], ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    metrics = {"env": env, "dataset": data, "method": method, "weights": weights_id(checkpoint)}
+    metrics |= {"calls": policy.calls, "init_noise": config.init_noise}
+    metrics |= {"episodes": n, "first_seed": first, **result, "return_mean": mean}
+    metrics |= {"score_mean": scores[0], "score_sem": sem}
+    how = "{method}_{weights}_calls{calls}_noise{init_noise}_seeds{first_seed}-{n}"
+    path = out / f"score_{how.format(n=first + n - 1, **metrics)}.json"
     with replacing(path) as f:
-        f.write(json.dumps(metrics, indent=2, default=float).encode())
-    print(f"\n{run.env} on {data['name']} ({data['source']}{data['note']}), {n} episodes from seed "
-          f"{config.first_seed}\n{'':<32}   return    score  std. err.  ms/action")
-    for label, value, more in (
-            ("data, best episode", data["return_best"], ""), ("data, mean episode", data["return_mean"], ""),
-            (f"{method}, {policy.nfe} network call(s)", returns.mean(), f"{sem:11.1f}{ms:11.2f}")):
-        print(f"{label:<32}{value:9.0f}{normalized_score(run.env, value):9.1f}{more}")
-    print(f"All numbers: {path}; everything: {run.out}")
+        f.write(json.dumps(metrics, indent=2).encode())
+    print(f"\n{env} on {data['name']} ({data['source']}), {n} episodes from seed {first}")
+    print(f"{'':<32}   return    score  std. err.")
+    for label in ("best", "mean"):
+        value = data[f"return_{label}"]
+        print(f"{f'data, {label} episode':<32}{value:9.0f}{normalized_score(env, value):9.1f}")
+    label = f"{method}, {policy.calls} network call(s)"
+    print(f"{label:<32}{mean:9.0f}{scores[0]:9.1f}{sem:11.1f}")
+    print(f"All numbers: {path}")
+    return metrics
 
-# ---- 10. Command line -----------------------------------------------------------------------------
-COMMANDS = {"data": "fetch or make the dataset and print what is in it",
-            "teacher": "train the EDM diffusion teacher", "reward": "train the reward model (return-to-go)",
-            "distill": "whatever of the above is missing, then the student, then its score",
-            "evaluate": "act with a saved student or teacher",      # the others are in reproduce.py
-            "bench": "time per action and per training step (Table 4), into bench.json",
-            "ablate": "one of the paper's ablations (Table 5), into ablate_<what>.json and .png",
-            "plot": "returns of data, teacher, CTD and RACTD (Figure 3), score against time, training curves",
-            "export": "a saved policy as one file that torch loads without this program"}
+
+# ---- 9. The pipeline: data -> teacher, reward model -> student ----------------------------------
+
+
+def weights_id(checkpoint):
+    """Short name of a checkpoint's averaged weights, a hash: equal weights, equal name."""
+    weights = torch.cat([x.flatten() for x in checkpoint["ema"].values()])
+    return hashlib.sha256(weights.cpu().numpy()).hexdigest()[:10]
+
+
+def load_data(run):
+    """The data of a run -> (Batches, meta: what checkpoints record), or UserError if unfit."""
+    dataset, horizon = load_dataset(run.env, run.data), run.config.horizon
+    env = simulator(run.env, dataset.name if dataset.source == "minari" else None)()
+    dims = [dataset.observations.shape[1], dataset.actions.shape[1]]
+    sizes = [math.prod(space.shape) for space in (env.observation_space, env.action_space)]
+    if dims != sizes:
+        found = f"observations of {dims[0]} and actions of {dims[1]} numbers"
+        raise UserError(f"{dataset.name} has {found}, {run.env} {sizes[0]} and {sizes[1]}")
+    batches = Batches(dataset, horizon, run.config.gamma, run.device)
+    print(f"{dataset}, {len(batches.starts):,} windows of {horizon} actions", flush=True)
+    meta = {"env": run.env, "dims": dims, "dataset": dataset.summary()}
+    return batches, meta | {"normalizer": batches.normalizer}
+
+
+def stage_loss(stage, config, batches, dims, built_on):
+    """(network, loss_fn(net, average)) of a stage; built_on: checkpoints of teacher and reward."""
+    device = batches.obs.device
+    distance = pseudo_huber if config.distance == "pseudo-huber" else squared
+
+    def teacher_loss(net, _):
+        state, x0 = batches.windows(config.teacher_batch)
+        t, noise = lognormal_levels(len(x0), device), torch.randn_like(x0)
+        return edm_loss(lambda x, t: denoise(net, x, t, state), x0, t, noise, distance), {}
+
+    def reward_model_loss(net, _):
+        state, action, returns_to_go = batches.transitions(config.reward_batch)
+        return (net(state, action) - returns_to_go).square().mean(), {}
+
+    def student_loss(net, average):
+        state, x0 = batches.windows(config.student_batch)
+        return distillation_loss(net, average, teacher, reward_model, state, x0, config)
+
+    if stage == "reward":
+        return RewardModel(*dims).to(device), reward_model_loss
+    teacher = make_unet(config, dims).to(device)
+    if stage == "teacher":
+        return teacher, teacher_loss
+    teacher.load_state_dict(built_on["teacher"]["ema"])
+    student, reward_model = make_unet(config, dims, student=True).to(device), None  # None: CTD
+    warm_start(student, teacher.eval().requires_grad_(False))
+    if config.reward_weight:
+        reward_model = RewardModel(*dims).to(device).eval().requires_grad_(False)
+        reward_model.load_state_dict(built_on["reward"]["ema"])
+    return student, student_loss
+
+
+def check_compatible(path, saved, asked):
+    """Raise UserError listing the values of `asked` that `saved` has not."""
+    if wrong := [name for name in asked if saved.get(name) != asked[name]]:
+        lines = [f"  {name}: {saved.get(name)} in the file, {asked[name]} asked" for name in wrong]
+        way_out = f"Give the same, or another --out, or delete {path}."
+        raise UserError("\n".join([f"{path} was made otherwise:", *lines, way_out]))
+
+
+def load_or_train(run, stage, batches, meta, built_on):
+    """The finished checkpoint of a stage, from the run's folder or trained now.
+
+    built_on: a student's teacher and reward model. UserError if a file there was made otherwise.
+    """
+    path = run.out / f"{stage}.pt"
+    fields = [f.name for f in dataclasses.fields(Config) if stage in f.metadata["commands"]]
+    recipe = {"env": run.env, "data": "{name}, SHA-256 {sha256:.12}".format(**meta["dataset"])}
+    recipe |= {name: getattr(run.config, name) for name in fields}
+    recipe |= {name: weights_id(checkpoint) for name, checkpoint in built_on.items()}
+    if path.exists():
+        saved = load_checkpoint(path, stage, run.device)
+        check_compatible(path, saved["recipe"], recipe)
+        if saved["step"] == saved["steps"]:
+            print(f"{stage}: {path}, {saved['step']:,} steps in {saved['seconds']:.0f} s")
+            return saved
+    torch.manual_seed(run.config.seed)
+    net, loss_fn = stage_loss(stage, run.config, batches, meta["dims"], built_on)
+    print(f"{stage}: {sum(p.numel() for p in net.parameters()):,} parameters", flush=True)
+    meta = {**meta, "recipe": recipe, "config": dataclasses.asdict(run.config)}
+    fit(stage, net, loss_fn, run.config, path, meta)
+    return load_checkpoint(path, stage, run.device)
+
+
+def train(run):
+    """teacher, reward: that stage. distill: what is missing of both, the student, its score."""
+    batches, meta = load_data(run)
+    if run.command != "distill":
+        load_or_train(run, run.command, batches, meta, {})
+        return
+    stages = ("teacher", "reward") if run.config.reward_weight else ("teacher",)
+    built_on = {stage: load_or_train(run, stage, batches, meta, {}) for stage in stages}
+    student = load_or_train(run, "student", batches, meta, built_on)
+    evaluate_and_report(student, run.config, run.out, run.device)
+
+
+def export(run, saved):
+    """Write the policy with its normaliser and sampler as one file; torch makes its noise."""
+    policy = Policy(saved, run.config, run.device)
+    example = (torch.zeros(2, saved["dims"][0], device=run.device),)
+    batch = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(policy, example, dynamic_shapes=batch)
+    path = Path(run.file or run.out / "policy.pt2")
+    with replacing(path) as f:
+        torch.export.save(program, f)
+    shapes = f"(B, {saved['dims'][0]}) -> plans (B, {policy.shape[0]}, {policy.shape[1]})"
+    print(f"{path}: observations {shapes}, {policy.calls} network call(s)")
+
+
+# ---- 10. Command line ---------------------------------------------------------------------------
+
+COMMANDS = {
+    "data": "fetch the dataset and print what is in it",
+    "teacher": "train the EDM diffusion teacher, Eq. 4",
+    "reward": "train the reward model, a return-to-go",
+    "distill": "train what is missing of the above, then the student, Eq. 9, and score it",
+    "evaluate": "score a saved student or teacher",
+    "export": "write a saved policy as one file that torch loads without this program",
+}
+
 
 def build_parser():
-    """One subparser per command; the hyperparameter flags are generated from Config."""
-    common = argparse.ArgumentParser(add_help=False)
-    add = common.add_argument
-    add("--env", help="one of " + ", ".join(ENVS) + "; optional with minari:ID")
-    add("--data", default="", help="FILE.hdf5 in D4RL's layout, minari:ID, or standin (default: the D4RL "
-        "file of --env, downloaded if need be; without a network a stand-in)")
-    add("--out", help="folder for everything written (default: runs/<env>)")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    add("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
-    add("--preset", choices=PRESETS, default="default", help="default: for two cores; paper: published sizes")
-    add("--save-every", type=float, default=30.0, help="seconds between checkpoints (default: 30)")
-    add("--teacher", metavar="FILE", help="a teacher trained elsewhere; flags of its training are ignored")
-    add("--reward", metavar="FILE", help="a reward model trained elsewhere, likewise")
-    add("--retrain", choices=STAGES, action="append", default=[], help="train it anew, and the student")
-    for f in dataclasses.fields(Config):
-        kind, many, choices = (int, "+", None) if f.type is tuple else (f.type, None, f.metadata["choices"])
-        add("--" + f.name.replace("_", "-"), dest="config_" + f.name, type=kind, nargs=many, choices=choices,
-            metavar=None if choices else kind.__name__.upper(),
-            help=f"{f.metadata['stage']}: {f.metadata['help']} (default: {f.default})")
-    parser = argparse.ArgumentParser(prog="ractd.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    """One subparser per command, with the flags that it uses; most are generated from Config."""
+    summary = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(prog="ractd.py", description=summary, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    add = {name: commands.add_parser(
-        name, help=text, description=f"{text} [in brackets: the released value]", parents=[common],
-        allow_abbrev=False).add_argument for name, text in COMMANDS.items()}
-    for name in ("teacher", "reward", "distill"):
-        add[name]("--dry-run", action="store_const", const="dry_run", dest="command",
-                  default=argparse.SUPPRESS, help="five steps of each stage, and the time of all")
-    for name in ("evaluate", "export"):
-        add[name]("--model", choices=("student", "teacher"), help="default: student; with --teacher: teacher")
-    add["evaluate"]("--video", metavar="FILE.gif", help="draw the first episode, where MuJoCo can draw")
-    add["ablate"]("--what", required=True, choices="reward-stage reward-weight losses nfe init-noise".split())
-    add["export"]("file", nargs="?", help="file to write (default: <out>/policy.pt2)")
+    for command, text in COMMANDS.items():
+        sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
+        add, trains = sub.add_argument, command in ("teacher", "reward", "distill")
+        add("--env", help=f"one of {', '.join(ENVS)}; with --data any gymnasium id")
+        if trains or command == "data":
+            text = "FILE.hdf5 in D4RL's layout, or minari:ID (default: D4RL's file of --env)"
+            add("--data", default="", help=text)
+        if command != "data":
+            add("--out", help="folder for everything written (default: runs/<env>)")
+            add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+        if trains:
+            text = "paper-losses: Eqs. 4-9 to the letter; paper: the published sizes, too [values]"
+            add("--preset", choices=PRESETS, default="default", help=text)
+        if command in ("evaluate", "export"):
+            add("--model", choices=("student", "teacher"), default="student")
+        if command == "export":
+            add("file", nargs="?", help="file to write (default: <out>/policy.pt2)")
+        for field in dataclasses.fields(Config):
+            if command in field.metadata["commands"]:
+                shown, kind = field.default, {"type": field.type}
+                if field.type is tuple:
+                    kind = {"type": int, "nargs": "+"}
+                if field.name == "reward_weight":
+                    shown = f"{shown:g}; --preset paper, paper-losses: as published for --env"
+                text = f"{field.metadata['help']} (default: {shown})"
+                flag = "--" + field.name.replace("_", "-")
+                add(flag, help=text, choices=field.metadata["choices"], **kind)
     return parser
 
+
+def make_config(run):
+    """The Config of flags, preset and defaults; UserError names a value that is out of range."""
+    values = dict(PRESETS[getattr(run, "preset", "default")])
+    if values:
+        values["reward_weight"] = PAPER_SIGMA.get(run.env, 1.0)
+    for field in dataclasses.fields(Config):
+        value = getattr(run, field.name, None)
+        if value is not None:  # else not given, or no flag of this command
+            values[field.name] = tuple(value) if field.type is tuple else value
+        value, low, high = values.get(field.name), field.metadata["low"], field.metadata["high"]
+        if value is not None and low is not None and not low <= value <= high:
+            flag = "--" + field.name.replace("_", "-")
+            raise UserError(f"{flag} {value}: must be from {low} to {high}")
+    config = Config(**values)
+    if run.command in ("teacher", "distill"):
+        with torch.device("meta"):
+            make_unet(config, (1, 1))  # raises where there is none
+    return config
+
+
 def resolve(run):
-    """Check the parsed command line and put what it means in its place: config, given, env, out, device."""
-    run.given = {key.removeprefix("config_"): tuple(value) if isinstance(value, list) else value
-                 for key, value in vars(run).items() if key.startswith("config_") and value is not None}
-    sigma = TASKS[run.env.split("-")[0]][-1] if run.env in ENVS else Config.reward_weight
-    config = run.config = Config(**PRESETS[run.preset] | {"reward_weight": sigma} | run.given)
-    if run.command not in ("evaluate", "export"):        # there the saved model brings its own
-        config.check()
-    if not run.env and run.data.startswith("minari:"):
-        run.env = run.data.removeprefix("minari:")
-    elif run.env not in ENVS:
+    """Complete the parsed command line: env, out, device, config; UserError says what is wrong."""
+    data = getattr(run, "data", "")
+    if not run.env and data.startswith("minari:"):
+        run.env = data.removeprefix("minari:")
+    run.out = Path(getattr(run, "out", None) or "runs/" + str(run.env).replace("/", "-"))
+    acts = run.command in ("evaluate", "export") and run.out.exists()
+    if not run.env or run.env not in ENVS and not data and not acts:
         near = difflib.get_close_matches(run.env or "", ENVS, len(ENVS), 0)
-        raise UserError(f"--env {run.env or '(missing)'} is unknown; nearest first: " + ", ".join(near))
+        raise UserError(f"--env {run.env} is unknown; nearest first: {', '.join(near)}")
+    if run.command == "data":
+        return
     try:
         run.device = torch.device(run.device)
         torch.zeros(1, device=run.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {run.device}: {str(error).splitlines()[0]}; try cpu") from None
-    torch.set_num_threads(min(run.threads, 1024) if run.threads > 0 else torch.get_num_threads())
-    run.out = Path(run.out or Path("runs") / run.env.replace("/", "-"))
-    run.retrain += ["student"] * bool(run.retrain)       # which depends on both others
+    run.config = make_config(run)
 
-def train(run):
-    """`teacher`, `reward`; `distill`: whatever is missing of both, the student, its score."""
-    pipeline, saved = Pipeline(run), {}
-    if run.command != "distill":
-        return pipeline.obtain(run.command)
-    for stage in ("teacher", "reward") if run.config.reward_weight else ("teacher",):
-        saved[stage] = pipeline.obtain(stage)
-    saved["student"] = pipeline.obtain("student", dict(saved))
-    assess(run, saved, "student", "metrics.json")
-
-def recall(run):
-    """The checkpoint that --model names: it brings its configuration, the command line how to act with it."""
-    run.model = run.model or ("teacher" if run.teacher else "student")
-    path = getattr(run, run.model, None) or run.out / f"{run.model}.pt"
-    saved, asked = load_checkpoint(path, run.model, run.device), run.config
-    if saved["dataset"]["source"] == "minari":       # acts where its data came from
-        run.data = run.data or "minari:" + saved["dataset"]["name"]
-    acting = ["episodes", "first_seed"] + [
-        name for name in run.given if Config.__dataclass_fields__[name].metadata["stage"] == "acting"]
-    run.config = dataclasses.replace(Config(**saved["config"]), **{x: getattr(asked, x) for x in acting})
-    pairs = [(name, getattr(run.config, name), value) for name, value in run.given.items()]
-    refuse(path, [("env", saved["env"], run.env), *pairs], "no such flag, or another --out")
-    run.config.check()
-    return saved
 
 def main(argv=None):
     """The command line. Returns the exit code: 0, 2 for something to put right, 130 for Ctrl-C."""
@@ -1025,26 +1178,23 @@ def main(argv=None):
         resolve(run)
         if run.command == "data":
             print(load_dataset(run.env, run.data))
-        elif run.command == "evaluate":
-            saved = recall(run)
-            assess(run, {run.model: saved}, run.model,
-                   "evaluate_{method}_nfe{nfe}_noise{init_noise:g}_from{seeds[0]}_n{episodes}.json")
-            if run.video:
-                import reproduce
-                reproduce.video(run, saved)
         elif run.command in ("teacher", "reward", "distill"):
             train(run)
         else:
-            import reproduce
-            getattr(reproduce, run.command)(run)
+            path = run.out / f"{run.model}.pt"
+            saved = load_checkpoint(path, run.model, run.device)
+            check_compatible(path, saved, {"env": run.env})
+            if run.command == "export":
+                export(run, saved)
+            else:
+                evaluate_and_report(saved, run.config, run.out, run.device)
     except (UserError, OSError, ImportError) as error:
-        print("ractd.py:", error, "(nothing saved is lost)" * isinstance(error, OSError),
-              "(needs requirements.txt and reproduce.py)" * isinstance(error, ImportError), file=sys.stderr)
+        print(f"ractd.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
 
+
 if __name__ == "__main__":
-    sys.modules["ractd"] = sys.modules["__main__"]       # reproduce.py imports this very module
     sys.exit(main())

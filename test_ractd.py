@@ -1,11 +1,13 @@
-"""Tests of ractd.py and reproduce.py against oracles: python -m pytest -q test_ractd.py. Offline."""
+"""Tests of ractd.py against oracles, offline: python -m pytest -q test_ractd.py."""
 
+import functools
 import hashlib
 import http.server
 import json
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -13,28 +15,32 @@ import subprocess
 import sys
 import threading
 import time
-from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
 from types import SimpleNamespace
 
+import gymnasium
 import h5py
 import minari
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box
 from minari.data_collector import EpisodeBuffer
+from torch import nn
 
 import ractd
-import reproduce
-from ractd import Config, UNet1d, denoise, expand
+from ractd import Config, UNet1d, denoise, expand, jump_from, student_jump
 
 torch.set_num_threads(1)
 ENV, SCRIPT, STEPS = "hopper-medium-replay", Path(ractd.__file__).resolve(), 30
-FLAGS = f"""--threads=1 --horizon=8 --channels=8 --embed=8 --grid-points=6 --teacher-points=3
-    --episodes=3 --teacher-batch=8 --reward-batch=8 --student-batch=8 --teacher-steps={STEPS}
-    --reward-steps={STEPS} --student-steps={STEPS}""".split()
+CLOSED_PORT = "http://127.0.0.1:9/"
+TEACHER = f"--horizon=8 --channels=8 --teacher-batch=8 --teacher-steps={STEPS}".split()
+REWARD = f"--horizon=8 --reward-batch=8 --reward-steps={STEPS}".split()
+STUDENT = f"--grid-points=6 --student-batch=8 --student-steps={STEPS} --episodes=3".split()
+FLAGS = {"teacher": TEACHER, "reward": REWARD, "distill": [*TEACHER, *REWARD, *STUDENT]}
+STAGES = ("teacher", "reward", "student")
+
 
 @pytest.fixture(autouse=True)
 def sandbox(tmp_path, monkeypatch):
@@ -43,22 +49,31 @@ def sandbox(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(reproduce, "D4RL_URL", "http://127.0.0.1:9/")            # a closed port
+    monkeypatch.setattr(ractd, "D4RL_URL", CLOSED_PORT)
     monkeypatch.chdir(tmp_path)
+    timeout = socket.getdefaulttimeout()
+    yield
+    socket.setdefaulttimeout(timeout)
+
 
 def logged(lengths=(40, 8, 5, 60, 20), o=11, a=3):
     """Random rows in D4RL's layout: falls and time limits in turn, the last episode unfinished."""
     rng, n, ends = np.random.default_rng(0), sum(lengths), np.cumsum(lengths)[:-1] - 1
-    rows = dict(observations=rng.normal(size=(n, o)), actions=rng.uniform(-0.9, 0.8, (n, a)),
-                rewards=rng.normal(1, 1, n))
-    return {key: np.float32(x) for key, x in rows.items()} | dict(
-        terminals=np.isin(range(n), ends[::2]), timeouts=np.isin(range(n), ends[1::2]))
+    return {
+        "observations": np.float32(rng.normal(size=(n, o))),
+        "actions": np.float32(rng.uniform(-0.9, 0.8, (n, a))),
+        "rewards": np.float32(rng.normal(1, 1, n)),
+        "terminals": np.isin(range(n), ends[::2]),
+        "timeouts": np.isin(range(n), ends[1::2]),
+    }
+
 
 def write(path, rows):
     with h5py.File(path, "w") as f:
         for key, x in rows.items():
             f[key] = x
     return str(path)
+
 
 def cli(command, *args, env=ENV):
     """main() in this process -> exit code; argparse leaves through SystemExit."""
@@ -67,97 +82,196 @@ def cli(command, *args, env=ENV):
     except SystemExit as error:
         return error.code
 
+
+def refused(capsys, code, *words):
+    """Exit code 2 and one sentence that holds all the words."""
+    err = capsys.readouterr().err
+    assert code == 2 and "Traceback" not in err, err
+    assert len(re.findall("^ractd.py", err, re.MULTILINE)) == 1, err
+    assert not [word for word in words if word not in err], err
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """End to end at tiny size in a process of its own -> (run folder, data file, output)."""
+    """End to end at tiny size in a process of its own -> run folder, data file, what it printed."""
     folder = tmp_path_factory.mktemp("trained")
     data = write(folder / "log.hdf5", logged())
-    where = [f"--env={ENV}", f"--data={data}", "--out=run"]
-    done = subprocess.run([sys.executable, SCRIPT, "distill", *where, *FLAGS], text=True,
-                          capture_output=True, cwd=folder, env=dict(os.environ, HOME=str(folder)))
+    command = [sys.executable, SCRIPT, "distill", f"--env={ENV}", f"--data={data}", "--out=run"]
+    done = subprocess.run(
+        [*command, *FLAGS["distill"]], text=True, capture_output=True, cwd=folder, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "run", data, done.stdout
+    return SimpleNamespace(out=folder / "run", data=data, text=done.stdout)
+
 
 @pytest.fixture
 def run(trained, tmp_path):
-    """A copy of the trained run folder to work on, and the flags that made it."""
-    out = shutil.copytree(trained[0], tmp_path / "run")
-    return out, [f"--data={trained[1]}", f"--out={out}", *FLAGS]
+    """A copy of the trained run folder, and a function that gives a command the same flags."""
+    out = shutil.copytree(trained.out, tmp_path / "run")
+
+    def give(command, *more, data=trained.data, out=out):
+        return cli(command, f"--data={data}", f"--out={out}", *FLAGS[command], *more)
+
+    return out, give
+
 
 def same_weights(one, two):
     one, two = (torch.load(path, weights_only=True) for path in (one, two))
-    return one["step"] == two["step"] and all(
-        torch.equal(one[key][name], two[key][name]) for key in ("net", "ema") for name in one[key])
+    names = [(key, name) for key in ("net", "ema") for name in one[key]]
+    same = all(torch.equal(one[key][name], two[key][name]) for key, name in names)
+    return same and one["step"] == two["step"]
 
-def returns(out, name="metrics.json"):
-    return json.loads((out / name).read_text())["returns"]
 
-def network(seed=0, two_levels=False):
-    """A small U-Net for chunks (B, 8, 2) and states (B, 3) in which no weight is zero."""
+def metrics(out):
+    """Of the only score file in a folder."""
+    (path,) = Path(out).glob("score_*.json")
+    return json.loads(path.read_text())
+
+
+def rewrite(path, **changes):
+    """Change entries of a checkpoint; None takes one away."""
+    saved = torch.load(path, weights_only=True) | changes
+    torch.save({key: value for key, value in saved.items() if value is not None}, path)
+
+
+def network(seed=0, student=False):
+    """A small U-Net for plans (B, 8, 2) and states (B, 3) in which no weight is zero."""
     torch.manual_seed(seed)
-    net = UNet1d(2, 3, channels=(8, 16), patch=2, embed=8, two_levels=two_levels)
+    net = UNet1d(2, 3, channels=(8, 16), patch=2, student=student)
     with torch.no_grad():
         for p in net.parameters():
             p.add_(0.2 * torch.randn_like(p))
     return net
 
-# ---- teacher: Gaussian data x0 ~ N(0, SD^2) has everything in closed form ------------------------
+
+def frozen(net):
+    return net.eval().requires_grad_(False)
+
+
+# ---- teacher: Gaussian data x0 ~ N(0, SD^2) have everything in closed form -----------------------
 
 SD = 0.3
 
-def exact(x, t):
-    return x * SD**2 / (expand(t) ** 2 + SD**2)
 
-def exact_jump(x, t, k):
-    return x * ((expand(k) ** 2 + SD**2) / (expand(t) ** 2 + SD**2)).sqrt()
+def exact(x, t, sd=SD):
+    return x * sd**2 / (expand(t) ** 2 + sd**2)
 
-def test_heun_is_of_order_two_and_calls_the_network_twice_a_step():
-    torch.manual_seed(0)
-    x, errors = 80 * torch.randn(4, 3, 2, dtype=torch.float64), []
+
+def exact_jump(x, t, k, sd=SD):
+    return x * ((expand(k) ** 2 + sd**2) / (expand(t) ** 2 + sd**2)) ** 0.5
+
+
+def test_heun_is_of_order_two_and_euler_of_order_one_away_from_the_smallest_level():
+    errors = []
     for n in (80, 160):
-        grid, calls, euler = ractd.karras_sigmas(n), [], x
-        truth = exact_jump(x, grid[:1].expand(4), grid[-1:].expand(4))
-        heun, nfe = ractd.heun_sample(lambda x, t: calls.append(t) or exact(x, t), x, grid)
-        for t, u in zip(grid, grid[1:]):
-            euler = euler + (u - t) * (euler - exact(euler, t.expand(4))) / t
-        errors.append([(y - truth).norm().item() for y in (heun, euler)])
-        assert nfe == len(calls) == 2 * (n - 1)
-    heun, euler = (a / b for a, b in zip(*errors))
-    assert 3.6 < heun < 4.6 and 1.8 < euler < 2.2
+        heun = euler = x = torch.ones(1, 1, 1, dtype=torch.float64)
+        grid = ractd.karras_sigmas(n, smin=0.1).tolist()
+        for t, u in pairwise(grid):
+            heun = ractd.heun_step(exact, heun, t, u)
+            euler = euler + (u - t) * (euler - exact(euler, t)) / t
+        truth = exact_jump(x, grid[0], grid[-1])
+        errors.append([(y - truth).abs().item() for y in (heun, euler)])
+    heun, euler = (a / b for a, b in zip(*errors, strict=True))
+    assert 3.6 < heun < 4.4 and 1.8 < euler < 2.2
+
+
+def test_the_last_step_is_eulers_so_that_samples_have_the_variance_of_the_data():
+    """Where D(x, smin) = x the second slope is 0: to average over it halves the step."""
+    n, sd, calls = 20, 0.05, []
+
+    class ExactNetwork:  # F with which `denoise` is the exact denoiser, and at smin the identity
+        def embed(self, t):
+            return t
+
+        def __call__(self, scaled, t, state):
+            x = scaled * math.sqrt(t**2 + 0.25)
+            skip, out = 0.25 / ((t - 0.02) ** 2 + 0.25), 0.5 * (t - 0.02) / math.sqrt(t**2 + 0.25)
+            return (exact(x, t, sd) - skip * x) / out if t > 0.02 else torch.ones_like(x)
+
+    def denoiser(x, t):
+        calls.append(t)
+        return denoise(ExactNetwork(), x, t, None)
+
+    x = torch.full((1, 1, 1), math.sqrt(80**2 + sd**2), dtype=torch.float64)  # one deviation
+    assert torch.equal(denoiser(x, 0.02), x)
+    calls.clear()
+    y, count = ractd.heun_sample(denoiser, x, ractd.karras_sigmas(n))
+    assert count == len(calls) == 2 * n - 3 and 0.02 not in calls
+    naive = x
+    for t, u in pairwise(ractd.karras_sigmas(n).tolist()):
+        slope = (naive - denoiser(naive, t)) / t
+        euler = naive + (u - t) * slope
+        naive = naive + (u - t) * (slope + (euler - denoiser(euler, u)) / u) / 2
+    variance = sd**2 + 0.02**2
+    assert y.item() ** 2 == pytest.approx(variance, rel=0.02)
+    assert naive.item() ** 2 > 1.1 * variance
+    assert ractd.heun_sample(exact, x, ractd.karras_sigmas(80))[1] == 157
+
+
+def test_in_a_batch_only_the_steps_down_to_smin_are_eulers():
+    t, u = torch.tensor([0.5, 0.04, 3.0]), torch.tensor([0.3, 0.02, 0.02])
+    x = torch.ones(3, 4, 1)
+    batch = ractd.heun_step(exact, x, t, u)
+    euler = x + expand((u - t) / t) * (x - exact(x, t))
+    assert torch.allclose(batch[1:], euler[1:]) and not torch.allclose(
+        batch[0], euler[0], rtol=0.01
+    )
+    alone = [ractd.heun_step(exact, x[:1], *pair) for pair in zip(t.tolist(), u.tolist())]
+    assert torch.allclose(batch, torch.cat(alone))
+    assert torch.allclose(ractd.heun_step(exact, x, t, u, smin=0.3)[0], euler[0])
+
 
 @pytest.mark.parametrize("n", [3, 20, 80])
-def test_noise_grid_falls_from_80_to_002_in_equal_steps_of_its_seventh_root(n):
+def test_the_noise_grid_falls_from_80_to_002_in_equal_steps_of_its_seventh_root(n):
     grid = ractd.karras_sigmas(n)
     assert grid.dtype == torch.float64 and grid.shape == (n,) and (grid.diff() < 0).all()
     assert grid[0].item() == pytest.approx(80) and grid[-1].item() == pytest.approx(0.02)
     assert torch.allclose(grid.pow(1 / 7).diff(n=2), torch.zeros(n - 2, dtype=grid.dtype))
 
-def test_teacher_noise_is_the_truncated_lognormal():
+
+def test_the_teachers_noise_is_the_truncated_lognormal():
     torch.manual_seed(0)
-    t, normal = ractd.lognormal_levels(100_000, "cpu"), NormalDist(-1.2, 1.2)
+    t, normal = ractd.lognormal_levels(100_000), NormalDist(-1.2, 1.2)
     assert t.min() >= 0.02 and t.max() <= 80 and (t == 0.02).float().mean() < 1e-3
     low, high = normal.cdf(math.log(0.02)), normal.cdf(math.log(80))
     for q in (0.01, 0.25, 0.5, 0.9, 0.99):
         quantile = math.exp(normal.inv_cdf(low + q * (high - low)))
         assert (t < quantile).float().mean().item() == pytest.approx(q, abs=0.006)
 
-@pytest.mark.parametrize("level", [0.02, 0.5, 3.0, 80.0])
-def test_network_input_has_unit_variance_and_the_denoiser_is_the_identity_at_smin(level):
-    torch.manual_seed(0)
-    t, seen = torch.full((20_000,), level), []
-    x = 0.5 * torch.randn(20_000, 4, 1) + level * torch.randn(20_000, 4, 1)
-    D = denoise(lambda x, t, state, k: seen.append(x) or 7 * torch.ones_like(x), x, t, None)
-    assert seen[0].std().item() == pytest.approx(1, abs=0.02)
-    assert torch.equal(D, x) == (level == 0.02)
 
-def test_edm_loss_is_least_at_the_exact_denoiser():
+@pytest.mark.parametrize("level", [0.02, 0.5, 3.0, 80.0])
+def test_the_networks_input_has_unit_variance_and_the_denoiser_is_the_identity_at_smin(level):
+    torch.manual_seed(0)
+    seen = []
+
+    class Net:
+        def embed(self, t):
+            return None
+
+        def __call__(self, x, embedding, state):
+            seen.append(x)
+            return 7 * torch.ones_like(x)
+
+    x = 0.5 * torch.randn(20_000, 4, 1) + level * torch.randn(20_000, 4, 1)
+    for t in (level, torch.full((20_000,), level)):
+        assert torch.equal(denoise(Net(), x, t, None), x) == (level == 0.02)
+        assert seen[-1].std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_the_edm_loss_is_least_at_the_exact_denoiser():
     torch.manual_seed(0)
     x0, noise = SD * torch.randn(50_000, 4, 1), torch.randn(50_000, 4, 1)
-    t = ractd.lognormal_levels(50_000, "cpu")
-    best, *others = (ractd.edm_loss(f, x0, t, noise)[0] for f in (
-        exact, lambda x, t: 0.95 * exact(x, t), lambda x, t: 1.05 * exact(x, t),
-        lambda x, t: exact(x, t) + 0.03, lambda x, t: exact(x, 1.1 * t)))
+    t = ractd.lognormal_levels(50_000)
+    denoisers = (
+        exact,
+        lambda x, t: 0.95 * exact(x, t),
+        lambda x, t: 1.05 * exact(x, t),
+        lambda x, t: exact(x, t) + 0.03,
+        lambda x, t: exact(x, 1.1 * t),
+    )
+    best, *others = (ractd.edm_loss(denoiser, x0, t, noise) for denoiser in denoisers)
     assert best < min(others)
+
 
 def test_squared_error_asks_for_the_mean_and_pseudo_huber_for_the_median():
     data = torch.tensor([1.0] * 3 + [-1.0] * 7).view(10, 1, 1)
@@ -168,185 +282,289 @@ def test_squared_error_asks_for_the_mean_and_pseudo_huber_for_the_median():
     a, c = torch.full((1, 2, 3), 2.0), 0.00054 * math.sqrt(6)
     assert ractd.pseudo_huber(a, 0 * a).item() == pytest.approx(math.sqrt(4 * 6 + c**2) - c)
 
-# ---- student -------------------------------------------------------------------------------------
+
+# ---- network -----------------------------------------------------------------------------------
+
+
+def test_every_size_of_the_unet_keeps_the_shape_and_hears_the_plan_the_state_and_the_levels():
+    for channels in ((8,), (8, 12), (8, 12, 16)):
+        for patch, blocks, kernel, student in ((1, 2, 5, True), (2, 1, 1, False), (4, 2, 3, True)):
+            torch.manual_seed(0)
+            net = UNet1d(2, 3, channels, kernel, blocks, patch, student)
+            x, state = torch.randn(5, 16, 2, requires_grad=True), torch.randn(5, 3)
+            levels = [torch.rand(5).add(0.1).requires_grad_() for _ in range(1 + student)]
+            state.requires_grad_()
+            y = net(x, net.embed(*levels), state)
+            assert y.shape == x.shape
+            y[0].square().sum().backward()
+            for value in (x, state, *levels):
+                assert value.grad[0].abs().max() > 0 and not value.grad[1:].any()
+            assert all(p.grad is not None for p in net.parameters())
+
+
+def test_a_level_is_a_float_or_one_for_each_sample_and_the_convolution_is_one():
+    net, x, state = network(0, True), torch.randn(5, 8, 2), torch.randn(5, 3)
+    one, many = net.embed(3.0, 0.5), net.embed(torch.full((5,), 3.0), torch.full((5,), 0.5))
+    assert len(one) == 1 and len(many) == 5 and torch.allclose(one.expand_as(many), many, atol=1e-6)
+    assert torch.allclose(net(x, one, state), net(x, many, state), atol=1e-5)
+    conv = ractd.TemporalConv(2, 4, 5)
+    weight = conv.linear.weight.view(4, 5, 2).transpose(1, 2)
+    y = nn.functional.conv1d(x.transpose(1, 2), weight, conv.linear.bias, padding=2)
+    y = nn.functional.silu(nn.functional.layer_norm(y.transpose(1, 2), (4,)))
+    assert torch.allclose(conv(x), y, atol=1e-5)
+
+
+def test_a_student_with_the_teachers_weights_is_the_teacher_for_every_k():
+    teacher, x, state = network(1), torch.randn(6, 8, 2), torch.randn(6, 3)
+    student = UNet1d(2, 3, channels=(8, 16), patch=2, student=True)
+    ractd.warm_start(student, teacher)
+    t = ractd.lognormal_levels(6)
+    for k in (t, t / 2, torch.full((6,), 0.02)):
+        expected = denoise(teacher, x, t, state)
+        assert torch.allclose(denoise(student, x, t, state, k), expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- student -----------------------------------------------------------------------------------
+
 
 def test_a_jump_to_where_it_starts_is_the_identity_and_a_jump_to_zero_is_the_network():
-    net, x, state = network(two_levels=True), torch.randn(5, 8, 2), torch.randn(5, 3)
-    t, zero = ractd.lognormal_levels(5, "cpu"), torch.full((5,), 1e-30)
-    assert torch.equal(ractd.student_jump(net, x, t, t, state), x)
+    net, x, state = network(0, True), torch.randn(5, 8, 2), torch.randn(5, 3)
+    t, zero = ractd.lognormal_levels(5), torch.full((5,), 1e-30)
+    assert torch.equal(student_jump(net, x, t, t, state), x)
     g = denoise(net, x, t, state, zero)
-    assert torch.allclose(ractd.student_jump(net, x, t, zero, state), g)
+    assert torch.allclose(student_jump(net, x, t, zero, state), g)
     assert not torch.allclose(g, denoise(net, x, t, state, t))
+    k = t / 4
+    half = 0.25 * x + 0.75 * denoise(net, x, t, state, k)
+    assert torch.allclose(student_jump(net, x, t, k, state), half, atol=1e-6)
+
 
 def test_jumps_are_drawn_with_the_documented_frequencies():
     torch.manual_seed(0)
     n, count = 5, 40_000
     grid = ractd.karras_sigmas(n)
-    i_t, i_u, i_k = ((v[:, None] == grid).float().argmax(1) for v in ractd.draw_jumps(count, grid))
+    jumps = ractd.draw_jumps(count, grid)
+    i_t, i_u, i_k = ((v[:, None] == grid).float().argmax(1) for v in jumps)
     assert torch.equal(i_u, i_t + 1) and (i_k >= i_u).all()
     table = torch.zeros(n, n).index_put_((i_t, i_k), torch.tensor(1 / count), accumulate=True)
-    expected = torch.tensor([[(k > t) / (n - 1) / max(1, n - 1 - t) for k in range(n)]
-                             for t in range(n)])
+    expected = torch.tensor(
+        [[(k > t) / (n - 1) / max(1, n - 1 - t) for k in range(n)] for t in range(n)]
+    )
     assert (table - expected).abs().max() < 0.01 and torch.equal(table > 0, expected > 0)
 
-def test_ctm_loss_of_the_exact_jump_is_the_solvers_error_and_grows_with_a_perturbation():
+
+def test_the_ctm_loss_of_the_exact_student_is_the_solvers_error_and_grows_with_a_perturbation():
     torch.manual_seed(0)
     x0, noise = SD * torch.randn(5000, 4, 1).double(), torch.randn(5000, 4, 1).double()
 
-    def losses(n, factor):
+    def losses(n, factor=1.0, shift=0.0):
         t, u, k = ractd.draw_jumps(5000, ractd.karras_sigmas(n))
         x_t, zero = x0 + expand(t) * noise, torch.full_like(t, 0.02)
-        x_u = ractd.heun_step(exact, x_t, t, u)
-        loss, _ = ractd.ctm_loss(factor * exact_jump(x_t, t, k), exact_jump(x_u, u, k),
-                                 lambda x: exact_jump(x, k, zero), ractd.squared)
-        return loss.item(), ractd.squared(x_u, exact_jump(x_t, t, u)).mean().item()
-    coarse, fine = losses(20, 1.0), losses(40, 1.0)
-    assert 0 < coarse[0] <= coarse[1] and 0 < fine[0] <= fine[1] and fine[0] < coarse[0] / 8
-    assert fine[0] < losses(40, 1.1)[0] < losses(40, 1.3)[0]
+        share = expand(k / t)
+        g = (factor * exact_jump(x_t, t, k) + shift - share * x_t) / (1 - share)
+        loss = ractd.ctm_loss(g, x_t, t, u, k, exact, exact_jump, distance=ractd.squared)
+        error = ractd.heun_step(exact, x_t, t, u) - exact_jump(x_t, t, u)
+        return loss.item(), exact_jump(error, u, zero).square().mean().item()
 
-def test_ctm_gradient_passes_through_the_outer_frozen_jump_but_not_to_the_target():
-    x_hat, x_ref = (torch.randn(4, 8, 2, requires_grad=True) for _ in range(2))
-    ractd.ctm_loss(x_hat, x_ref, lambda x: 3 * x, ractd.squared)[0].backward()
-    slope = 3**2 * 2 * (x_hat - x_ref).detach() / x_hat.numel()
-    assert torch.allclose(x_hat.grad, slope, atol=1e-6)
-    assert x_ref.grad is None
+    (coarse, coarse_error), (fine, fine_error) = losses(20), losses(40)
+    assert coarse == pytest.approx(coarse_error) and fine == pytest.approx(fine_error)
+    assert 0 < fine < coarse / 8
+    assert fine < losses(40, 1.1)[0] < losses(40, 1.3)[0]
+    assert fine < losses(40, shift=0.1)[0] and fine < losses(40, 0.9)[0]
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_the_ctm_gradient_passes_through_the_outer_frozen_jump_but_not_to_the_target(share):
+    """k = share u; at k = u the student is compared with the teacher's step itself."""
+    net, state = frozen(network(2, True)), torch.randn(4, 3)
+    x_t, factor = torch.randn(4, 8, 2), torch.tensor(0.5, requires_grad=True)
+    t, u = torch.tensor([2.0, 1.0, 0.5, 9.0]), torch.tensor([1.0, 0.6, 0.3, 8.0])
+    k, smin = share * u, torch.full((4,), 0.02)
+    g = torch.randn(4, 8, 2, requires_grad=True)
+    jumps = []
+
+    def frozen_jump(x, t, k):
+        jumps.append(torch.is_grad_enabled())
+        return student_jump(net, x, t, k, state)
+
+    loss = ractd.ctm_loss(g, x_t, t, u, k, lambda x, t: factor * x, frozen_jump)
+    loss.backward()
+    assert factor.grad is None and sorted(jumps) == [False, False, True]
+    x_u = ractd.heun_step(lambda x, t: 0.5 * x, x_t, t, u)
+    target = x_u if share == 1 else student_jump(net, x_u, u, k, state)
+    target = student_jump(net, target, k, smin, state)
+    copy = g.detach().requires_grad_()
+    estimate = student_jump(net, jump_from(x_t, copy, t, k), k, smin, state)
+    expected = ractd.pseudo_huber(estimate, target).mean()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(g.grad, copy.grad, rtol=1e-4, atol=1e-7)
+    assert g.grad.flatten(1).norm(dim=1).min() > 0
+
 
 def distil(student=None, teacher=1, **config):
     """distillation_loss on fixed random networks and data -> (loss, info, networks)."""
-    nets = SimpleNamespace(student=student or network(0, True), teacher=network(teacher),
-                           target=ractd.frozen(network(2, True)))
+    nets = SimpleNamespace(student=student or network(0, True), teacher=network(teacher))
+    nets.target = frozen(network(2, True))
     torch.manual_seed(3)
-    nets.R = ractd.frozen(ractd.RewardModel(3, 2, (8, 8)))
+    nets.R = frozen(ractd.RewardModel(3, 2, (8, 8)))
     state, x0 = torch.randn(16, 3), torch.rand(16, 8, 2) - 0.5
-    loss, info = ractd.distillation_loss(nets.student, nets.target, nets.teacher, nets.R, state, x0,
-                                         Config(grid_points=10, **dict(reward_weight=1.0) | config))
+    config = Config(**{"grid_points": 10, "reward_weight": 1.0, **config})
+    reward_model = nets.R if config.reward_weight else None
+    loss, info = ractd.distillation_loss(
+        nets.student, nets.target, nets.teacher, reward_model, state, x0, config
+    )
     return loss, info, nets
 
-@pytest.mark.parametrize("alone", ["ctm", "dsm", "reward", "anchor"])
-@pytest.mark.parametrize("options", [{}, dict(
-    dsm_target="jump", dsm_noise="mixed", ctm_distance="squared",
-    dsm_distance="pseudo-huber", reward_noise=80.0)])
+
+WEIGHTS = {"ctm_weight": 1.0, "dsm_weight": 3.0, "reward_weight": 2.0, "anchor_weight": 5.0}
+PAPER_LOSSES = {"dsm_target": "jump", "distance": "pseudo-huber", "reward_noise": 80.0}
+
+
+@pytest.mark.parametrize("alone", WEIGHTS)
+@pytest.mark.parametrize("options", [{}, PAPER_LOSSES])
 def test_each_loss_alone_moves_every_student_parameter_and_nothing_else(alone, options):
-    weights = {f"{name}_weight": float(name == alone) for name in ("ctm", "dsm", "reward", "anchor")}
-    weights["reward_weight"] += 1e-9 * weights["anchor_weight"]    # the anchor goes with the reward
+    weights = dict.fromkeys(WEIGHTS, 0.0) | {"reward_weight": 1e-9} | {alone: 1.0}
     loss, _, nets = distil(**weights, **options)
     loss.backward()
-    assert not [name for name, p in nets.student.named_parameters()
-                if p.grad is None or not p.grad.abs().max() > 0]
-    for net in (nets.teacher, nets.target, nets.R):          # the teacher is not even frozen here
+    student = nets.student.named_parameters()
+    assert not [name for name, p in student if p.grad is None or not p.grad.abs().max() > 0]
+    for net in (nets.teacher, nets.target, nets.R):  # the teacher is not even frozen here
         assert all(p.grad is None for p in net.parameters())
 
-def test_in_a_real_run_all_but_the_student_is_frozen_and_in_eval_mode(run, monkeypatch):
-    out, flags = run
-    (out / "student.pt").unlink()
-    seen, loss = [], ractd.distillation_loss
-    monkeypatch.setattr(ractd, "distillation_loss", lambda *a: seen.append(a) or loss(*a))
-    assert cli("distill", *flags) == 0
-    student, target, teacher, R = seen[0][:4]
-    R, = (c.cell_contents for c in R.__closure__ if isinstance(c.cell_contents, torch.nn.Module))
-    for net in (target, teacher, R):
-        assert not net.training and not any(p.requires_grad for p in net.parameters())
-    assert student.training and all(p.requires_grad for p in student.parameters())
-    average = torch.load(out / "teacher.pt")["ema"]
-    assert all(torch.equal(x, average[name]) for name, x in teacher.state_dict().items())
 
-def test_the_teacher_matters_and_no_loss_depends_on_anothers_weight():
-    _, info, _ = distil()
+def test_the_total_is_eq_9_and_no_loss_depends_on_anothers_weight_but_all_matter():
+    _, info, _ = distil(**WEIGHTS)
     assert info["ctm"] != distil(teacher=5)[1]["ctm"]
-    for off, kept in (("ctm", ("dsm", "R")), ("dsm", ("ctm",)), ("reward", ("ctm", "dsm")),
-                      ("anchor", ("ctm", "dsm", "R"))):
-        weights = dict(ctm_weight=1.0, dsm_weight=3.0, reward_weight=2.0, anchor_weight=5.0)
-        weights[f"{off}_weight"] = 0.0
+    for name, value in PAPER_LOSSES.items():
+        changed = distil(**{name: value})[1]
+        assert [key for key in info if changed[key] != info[key]], name
+    for off in (*WEIGHTS, None):
+        weights = WEIGHTS | ({off: 0.0} if off else {})
         loss, others, _ = distil(**weights)
-        total = sum(weights[f"{name}_weight"] * others.get(key, 0) * sign for name, key, sign in (
-            ("ctm", "ctm", 1), ("dsm", "dsm", 1), ("reward", "R", -1), ("anchor", "anchor", 1)))
+        if off == "reward_weight":  # CTD
+            assert others.keys() == {"ctm", "dsm"}
+        total = weights["ctm_weight"] * others["ctm"] + weights["dsm_weight"] * others["dsm"]
+        total = total - weights["reward_weight"] * others.get("R", 0)
+        total = total + weights["anchor_weight"] * others.get("anchor", 0)
         assert loss.item() == pytest.approx(total.item(), rel=1e-5)
-        for name in kept:
-            assert others[name].item() == pytest.approx(info[name].item(), rel=1e-4)
+        for name, value in others.items():
+            assert value.item() == pytest.approx(info[name].item(), rel=1e-4)
 
-def test_reward_loss_is_minus_the_mean_return_and_has_no_slope_outside_the_box():
+
+@pytest.mark.parametrize("target", ["denoiser", "jump"])
+def test_dsm_compares_the_denoiser_or_the_jump_to_zero_and_the_reward_sees_the_first_action(
+    target, monkeypatch
+):
+    calls, seen, original = [], {}, ractd.denoise
+    losses = {name: getattr(ractd, name) for name in ("dsm_loss", "reward_loss")}
+
+    def record(name, *args):
+        seen[name] = args
+        return losses[name](*args)
+
+    monkeypatch.setattr(ractd, "denoise", lambda *a: calls.append(a) or original(*a))
+    for name in losses:
+        monkeypatch.setattr(ractd, name, functools.partial(record, name))
+    _, _, nets = distil(dsm_target=target, reward_noise=80.0)
+    net, *queries = next(args for args in calls if args[0] is nets.student)
+    _, (x, t, state, k), (x_T, top, _, zero) = zip(*(q.chunk(3) for q in queries), strict=True)
+    assert torch.equal(k, t if target == "denoiser" else zero)
+    assert (zero == torch.tensor(0.02)).all() and (top == 80).all()
+    g = original(net, x, t, state, k)
+    prediction, _, level, _ = seen["dsm_loss"]
+    expected = g if target == "denoiser" else jump_from(x, g, t, k)
+    assert torch.allclose(prediction, expected, atol=1e-5) and torch.equal(level, t)
+    plan = student_jump(net, x_T, top, zero, state)
+    assert torch.allclose(seen["reward_loss"][2], plan[:, 0], atol=1e-5)
+    assert x_T.std().item() == pytest.approx(80, rel=0.2)
+
+
+def test_the_reward_loss_is_minus_the_mean_return_and_has_no_slope_outside_the_box():
     action = torch.tensor([[0.5, -2.0], [0.1, 0.2]], requires_grad=True)
-    loss, info = ractd.reward_loss(lambda s, a: 5 * a.sum(1), None, action)
+    loss = ractd.reward_loss(lambda s, a: 5 * a.sum(1), None, action)
     loss.backward()
-    assert action.grad.tolist() == [[-2.5, 0.0], [-2.5, -2.5]] and loss == -info["R"] == 0.5
+    assert action.grad.tolist() == [[-2.5, 0.0], [-2.5, -2.5]] and loss == 0.5
+
 
 def test_the_anchor_of_gaussian_data_is_a_spring_stiff_where_they_are_narrow():
-    """D(x + s n, s) = c (x + s n), c = sd^2 / (sd^2 + s^2): mean gradient (1 - c) x, none through D."""
+    """D(x + s n, s) = c (x + s n), c = sd^2 / (sd^2 + s^2): mean gradient (1 - c) x."""
     torch.manual_seed(0)
     for sd, s in ((0.05, 0.2), (0.5, 0.2)):
         x = torch.ones(20_000, 1, 1, requires_grad=True)
         c = sd**2 / (sd**2 + s**2)
-        loss, info = ractd.anchor_loss(x, c * (x + s * torch.randn_like(x)))
+        loss = ractd.anchor_loss(x, lambda x, t, sd=sd: exact(x, t, sd), s)
         loss.backward()
-        assert x.grad.sum().item() == pytest.approx(1 - c, rel=0.02) and loss == info["anchor"]
+        assert x.grad.sum().item() == pytest.approx(1 - c, rel=0.02)
         assert loss.item() == pytest.approx(((1 - c) ** 2 + (c * s) ** 2) / 2, rel=0.02)
 
-def test_a_few_steps_on_the_reward_loss_raise_the_predicted_return():
-    student, values = network(0, True), []
-    optimizer = torch.optim.Adam(student.parameters(), 1e-3)
-    for _ in range(10):
-        loss, info, _ = distil(student, ctm_weight=0.0, dsm_weight=0.0, anchor_weight=0.0)
-        optimizer.zero_grad(), loss.backward(), optimizer.step()
-        values.append(info["R"].item())
-    assert values[-1] > values[0] + 0.01
 
 def test_sampling_takes_nfe_calls_and_restarts_at_grid_indices_27_and_54():
+    grid = ractd.karras_sigmas(80)
     for nfe, levels in ((1, [80.0]), (3, [80.0, 12.015, 0.885])):
-        calls, grid = [], ractd.karras_sigmas(80)
-        x, used = ractd.student_sample(lambda *jump: calls.append(jump) or 0 * jump[0],
-                                       torch.ones(2, 4, 1), grid, nfe, 5.0, torch.ones_like)
+        calls = []
+
+        def jump(x, t, k, calls=calls):
+            calls.append((x, t, k))
+            return 0 * x
+
+        x, used = ractd.student_sample(jump, torch.full((2, 4, 1), 5.0), grid, nfe, torch.ones_like)
         assert used == len(calls) == nfe and x.shape == (2, 4, 1)
-        for (x, t, k), level in zip(calls, levels):
-            assert t.tolist() == pytest.approx([level] * 2, 1e-3)
-            assert k.tolist() == pytest.approx([0.02] * 2)
-            scale = math.sqrt(t[0] ** 2 - 0.02**2) if level < 80 else 5.0
+        for (x, t, k), level in zip(calls, levels, strict=True):
+            assert t == pytest.approx(level, 1e-3) and k == pytest.approx(0.02)
+            scale = math.sqrt(t**2 - 0.02**2) if level < 80 else 5.0
             assert x.flatten().tolist() == pytest.approx([scale] * 8)
 
-def test_a_student_with_the_teachers_weights_is_the_teacher_for_every_k():
-    teacher, x, state = network(1), torch.randn(6, 8, 2), torch.randn(6, 3)
-    student = UNet1d(2, 3, channels=(8, 16), patch=2, embed=8, two_levels=True)
-    ractd.warm_start(student, teacher)
-    t = ractd.lognormal_levels(6, "cpu")
-    for k in (t, t / 2, torch.full((6,), 0.02)):
-        assert torch.equal(denoise(student, x, t, state, k), denoise(teacher, x, t, state))
 
-def test_teacher_and_ctd_keep_two_unequal_modes_and_ractd_moves_to_the_good_one():
+def test_teacher_and_ctd_keep_two_unequal_modes_and_ractd_moves_to_the_good_one(tmp_path):
     """Figure 3 in miniature. Equal modes could not tell a mean from a median or a collapse.
 
-    30 % of the chunks lie near +0.6 and have return +1, 70 % near -0.6 with return -1.
+    30 % of the plans lie near +0.6 and have return +1, 70 % near -0.6 with return -1.
     """
     torch.manual_seed(0)
-    size, grid = dict(channels=(64,), kernel=1, patch=16, embed=32), ractd.karras_sigmas(20)
-    B, n = 128, 1000
-    state, states, z = torch.zeros(B, 1), torch.zeros(n, 1), torch.randn(n, 16, 1)
+    size = {"channels": (32,), "kernel": 1, "patch": 16, "teacher_warmup": 50, "student_warmup": 50}
+    size |= {"teacher_steps": 600, "student_steps": 600, "student_lr": 2e-3}
+    size |= {"reward_steps": 300, "target_decay": 0.9, "reward_noise": 80.0}
+    config, batch, n, grid = Config(**size), 128, 1000, ractd.karras_sigmas(20)
+    state, states, z = torch.zeros(batch, 1), torch.zeros(n, 1), torch.randn(n, 16, 1)
 
     def draw():
-        mode = torch.where(torch.rand(B) < 0.3, 1.0, -1.0)
-        return 0.6 * expand(mode) + 0.1 * torch.randn(B, 16, 1), mode
+        mode = torch.where(torch.rand(batch) < 0.3, 1.0, -1.0)
+        return 0.6 * expand(mode) + 0.1 * torch.randn(batch, 16, 1), mode
 
-    def train(net, loss_fn, steps, lr, decay):
-        average, optimizer = ractd.frozen(deepcopy(net)), torch.optim.AdamW(net.parameters(), lr)
-        for i in range(steps):
-            optimizer.param_groups[0]["lr"] = lr * ractd.cosine(i, steps, 50)
-            loss, _ = loss_fn(*draw(), average)
-            optimizer.zero_grad(), loss.backward(), optimizer.step()
-            ractd.ema_update(average, net, decay)
-        return average
-    net, R_net = UNet1d(1, 1, **size), ractd.RewardModel(1, 1, (32, 32))
-    teacher = train(net, lambda x0, _, __: ractd.edm_loss(
-        lambda x, t: denoise(net, x, t, state), x0, ractd.lognormal_levels(B, "cpu"),
-        torch.randn_like(x0)), 1000, 1e-3, 0.99)
-    R = train(R_net, lambda x0, returns, _: ractd.reward_model_loss(
-        R_net(state, x0[:, 0]), returns), 300, 1e-3, 0.95)
+    def train(stage, net, loss_fn, config=config):
+        path = tmp_path / f"{stage}{config.reward_weight}.pt"
+        ractd.fit(stage, net, loss_fn, config, path, {})
+        net.load_state_dict(torch.load(path)["ema"])
+        return frozen(net)
+
+    def teacher_loss(net, _):
+        x0, _ = draw()
+        t, noise = ractd.lognormal_levels(batch), torch.randn_like(x0)
+        return ractd.edm_loss(lambda x, t: denoise(net, x, t, state), x0, t, noise), {}
+
+    def reward_model_loss(net, _):
+        x0, go = draw()
+        return (net(state, x0[:, 0]) - go).square().mean(), {}
+
+    teacher = train("teacher", ractd.make_unet(config, (1, 1)), teacher_loss)
+    R = train("reward", ractd.RewardModel(1, 1, (32, 32)), reward_model_loss)
     samples = [ractd.heun_sample(lambda x, t: denoise(teacher, x, t, states), 80 * z, grid)[0]]
     for weight in (0.0, 2.0):
-        config = Config(grid_points=20, reward_noise=80.0, reward_weight=weight)
-        student = UNet1d(1, 1, **size, two_levels=True)
+        settings = Config(**size, reward_weight=weight)
+        student = ractd.make_unet(settings, (1, 1), student=True)
         ractd.warm_start(student, teacher)
-        actor = train(student, lambda x0, _, target: ractd.distillation_loss(
-            student, target, teacher, R, state, x0, config), 1000, 2e-3, 0.9)
-        samples.append(ractd.student_sample(
-            lambda x, t, k: ractd.student_jump(actor, x, t, k, states), z, grid, 1, 80.0)[0])
+
+        def student_loss(net, target, settings=settings):
+            reward_model = R if settings.reward_weight else None
+            x0, _ = draw()
+            return ractd.distillation_loss(net, target, teacher, reward_model, state, x0, settings)
+
+        actor = train("student", student, student_loss, settings)
+        x, _ = ractd.student_sample(
+            lambda x, t, k, net=actor: student_jump(net, x, t, k, states), 80 * z, grid
+        )
+        samples.append(x)
     mean = torch.stack([x.mean((1, 2)) for x in samples])
     good, between = ((m.float().mean(1).tolist()) for m in (mean > 0.4, mean.abs() < 0.4))
     first = [((x[:, 0] > 0.3) & (x[:, 0] < 1.1)).float().mean().item() for x in samples]
@@ -354,7 +572,9 @@ def test_teacher_and_ctd_keep_two_unequal_modes_and_ractd_moves_to_the_good_one(
     assert 0.15 < good[1] < 0.45 and between[1] < 0.15, (good, between)
     assert first[1] < 0.5 and first[2] > 0.9, first
 
-# ---- data ----------------------------------------------------------------------------------------
+
+# ---- data --------------------------------------------------------------------------------------
+
 
 def episodes(horizon):
     """Random episodes, one of `horizon` rows, one of 1 -> (begins, ends, terminated, rewards)."""
@@ -363,82 +583,109 @@ def episodes(horizon):
     ends = lengths.cumsum() - 1
     return ends - lengths + 1, ends, rng.random(12) < 0.5, rng.normal(size=lengths.sum())
 
+
 @pytest.mark.parametrize("horizon", [1, 4, 16])
 def test_windows_and_returns_to_go_equal_brute_force(horizon):
     begins, ends, terminated, rewards = episodes(horizon)
-    windows = [i for i in range(len(rewards))
-               if any(b <= i <= e + 1 - horizon for b, e in zip(begins, ends))]
-    assert ractd.window_starts(ends, horizon).tolist() == windows
-    for timeout in ("extend", "cut"):
-        go = ractd.returns_to_go(rewards, ends, terminated, 0.9, timeout)
-        for b, e, t in zip(begins, ends, terminated):
-            tail = rewards[b:e + 1][-100:].mean() if timeout == "extend" and not t else 0.0
-            for i in range(b, e + 1):
-                value = sum(0.9 ** (j - i) * rewards[j] for j in range(i, e + 1))
-                assert go[i] == pytest.approx(value + 0.9 ** (e + 1 - i) * tail / (1 - 0.9))
+    spans = list(zip(begins, ends, strict=True))
+    inside = [any(b <= i <= e + 1 - horizon for b, e in spans) for i in range(len(rewards))]
+    assert ractd.window_starts(begins, ends, horizon).tolist() == np.flatnonzero(inside).tolist()
+    go = ractd.returns_to_go(rewards, begins, ends, terminated, 0.9)
+    for (b, e), fell in zip(spans, terminated, strict=True):
+        tail = 0.0 if fell else rewards[b : e + 1][-100:].mean() / (1 - 0.9)
+        for i in range(b, e + 1):
+            value = sum(0.9 ** (j - i) * rewards[j] for j in range(i, e + 1))
+            assert go[i] == pytest.approx(value + 0.9 ** (e + 1 - i) * tail)
 
-def test_normalizer_maps_to_the_box_and_back_also_a_constant_column():
+
+def test_the_normaliser_maps_to_the_box_and_back_also_a_constant_column():
     x = np.float32([[1, 5, -3], [3, 5, 0], [2, 5, 7]])
-    normalizer, x = ractd.Normalizer.fit(obs=x), torch.tensor(x)
-    y = normalizer.encode("obs", x)
+    table = ractd.fit_range(x)
+    y = ractd.encode(torch.tensor(x), table)
     assert y.amin(0).tolist() == [-1, 0, -1] and y.amax(0).tolist() == [1, 0, 1]
-    assert torch.allclose(normalizer.decode("obs", y), x)
+    assert torch.allclose(ractd.decode(y, table), torch.tensor(x))
 
-def test_batches_stay_inside_an_episode_pad_with_its_first_state_and_reach_every_row():
+
+def test_batches_stay_inside_an_episode_and_reach_every_row():
     torch.manual_seed(0)
-    begins, ends, terminated, rewards = episodes(4)
+    _, ends, terminated, rewards = episodes(4)
     n, episode = len(rewards), np.searchsorted(ends, np.arange(len(rewards)))
-    rows = np.float32(np.stack([np.arange(n), episode], 1))      # observation = action = where
-    data = ractd.Dataset("d", "file", rows, rows, np.float32(rewards), ends, terminated)
-    batches = ractd.Batches(data, Config(horizon=4, history=3), "cpu")
-    decode = batches.normalizer.decode
+    rows = np.stack([np.arange(n), episode], 1)  # observation = action = where
+    at_end = np.isin(range(n), ends)
+    fell = np.isin(range(n), ends[terminated])
+    data = ractd.Dataset("d", "file", [rows, rows, rewards, fell, at_end & ~fell])
+    batches = ractd.Batches(data, horizon=4)
+    where = {name: batches.normalizer[name] for name in ("obs", "action", "return")}
     state, x0 = batches.windows(5000)
-    state = decode("obs", state.unflatten(1, (3, 2))).round().int().numpy()
-    x0, row = decode("action", x0).round().int().numpy(), state[:, -1, 0]
-    assert set(row) == set(ractd.window_starts(ends, 4))
+    row = ractd.decode(state, where["obs"])[:, 0].round().int().numpy()
+    x0 = ractd.decode(x0, where["action"]).round().int().numpy()
+    assert set(row) == set(ractd.window_starts(data.begins, data.ends, 4))
     assert (x0[:, :, 0] == row[:, None] + range(4)).all()
     assert (x0[:, :, 1] == episode[row][:, None]).all()
-    past = np.maximum(row[:, None] + range(-2, 1), begins[episode[row]][:, None])
-    assert (state[:, :, 0] == past).all() and (past[:, 0] == past[:, 2]).any()
     state, action, go = batches.transitions(5000)
-    row = decode("action", action)[:, 0].round().long().numpy()
+    row = ractd.decode(action, where["action"])[:, 0].round().long().numpy()
     assert set(row) == set(range(n))
-    assert (decode("obs", state[:, -2:])[:, 0].round().numpy() == row).all()
-    truth = ractd.returns_to_go(data.rewards, ends, terminated)[row]
-    assert np.allclose(decode("return", go[:, None])[:, 0], truth, atol=1e-3)
+    assert (ractd.decode(state, where["obs"])[:, 0].round().numpy() == row).all()
+    truth = ractd.returns_to_go(data.rewards, data.begins, data.ends, data.terminated)[row]
+    assert np.allclose(ractd.decode(go[:, None], where["return"])[:, 0], truth, atol=1e-3)
 
-def test_a_d4rl_file_and_a_minari_dataset_of_the_same_rows_are_the_same_dataset(tmp_path):
-    rows = logged(o=4, a=2)
+
+def make_minari(name, rows, ends, env="Hopper-v4"):
+    buffers = []
+    for begin, end in pairwise([0, *(ends + 1)]):
+        cut = {key: x[begin:end] for key, x in rows.items()}
+        last = np.ones((1, cut["observations"].shape[1]), np.float32)
+        buffers.append(
+            EpisodeBuffer(
+                observations=np.concatenate([cut["observations"], last]),
+                actions=cut["actions"],
+                rewards=cut["rewards"],
+                terminations=cut["terminals"],
+                truncations=cut["timeouts"],
+            )
+        )
+    with pytest.warns(UserWarning):
+        minari.create_dataset_from_buffers(name, buffers, env=gymnasium.make(env))
+
+
+def test_a_minari_dataset_is_the_same_data_and_acts_in_the_environment_that_it_recovers(
+    tmp_path, monkeypatch, capsys
+):
+    rows = logged()
     one = ractd.load_dataset(ENV, write(tmp_path / "a.hdf5", rows))
     assert one.ends.tolist() == [39, 47, 52, 112, 132]
     assert one.terminated.tolist() == [True, False, True, False, False]  # unfinished: a time limit
-    buffers = []
-    for b, e in zip([0, *(one.ends[:-1] + 1)], one.ends + 1):
-        cut = {key: x[b:e] for key, x in rows.items()}
-        buffers.append(EpisodeBuffer(
-            observations=np.r_[cut["observations"], np.ones((1, 4), np.float32)],
-            actions=cut["actions"], rewards=cut["rewards"], terminations=cut["terminals"],
-            truncations=cut["timeouts"]))
-    spaces = dict(observation_space=Box(-9, 9, (4,)), action_space=Box(-1, 1, (2,)))
-    with pytest.warns(UserWarning):
-        minari.create_dataset_from_buffers("test/rows-v0", buffers, **spaces)
+    make_minari("test/rows-v0", rows, one.ends)
     two = ractd.load_dataset(ENV, "minari:test/rows-v0")
     for key in ("observations", "actions", "rewards", "ends", "terminated"):
         assert np.array_equal(getattr(one, key), rows.get(key, getattr(one, key)))
         assert np.array_equal(getattr(one, key), getattr(two, key))
+    monkeypatch.setattr(ractd, "TASKS", {})  # no other way to the environment
+    assert ractd.main(["distill", "--data=minari:test/rows-v0", *FLAGS["distill"]]) == 0
+    trained = metrics("runs/test-rows-v0")
+    assert ractd.main(["evaluate", "--env=test/rows-v0", "--episodes=3"]) == 0
+    assert metrics("runs/test-rows-v0")["returns"] == trained["returns"]
+    assert "test/rows-v0 on test/rows-v0 (minari, not D4RL's file)" in capsys.readouterr().out
+    refused(capsys, ractd.main(["distill", "--env=test/rows-v0"]), "unknown")
+
 
 def test_a_million_transitions_load_in_seconds_and_in_little_memory(tmp_path):
     n = 1_000_000
-    rows = dict(observations=np.random.default_rng(0).random((n, 17), np.float32),
-                actions=np.zeros((n, 6), np.float32), rewards=np.ones(n, np.float32),
-                terminals=np.arange(n) % 333 == 0, timeouts=np.arange(n) % 1000 == 999)
-    code = """import resource, sys, time, torch, ractd; began = time.time()
-data = ractd.Batches(ractd.load_dataset("", sys.argv[1]), ractd.Config(), torch.device("cpu"))
+    rows = {
+        "observations": np.random.default_rng(0).random((n, 17), np.float32),
+        "actions": np.zeros((n, 6), np.float32),
+        "rewards": np.ones(n, np.float32),
+        "terminals": np.arange(n) % 333 == 0,
+        "timeouts": np.arange(n) % 1000 == 999,
+    }
+    code = """import resource, sys, time, ractd; began = time.time()
+ractd.Batches(ractd.load_dataset("", sys.argv[1]))
 print(time.time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)"""
-    seconds, gigabytes = map(float, subprocess.run(
-        [sys.executable, "-c", code, write(tmp_path / "million.hdf5", rows)], check=True,
-        capture_output=True, text=True, cwd=Path(SCRIPT).parent).stdout.split())
+    command = [sys.executable, "-c", code, write(tmp_path / "million.hdf5", rows)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=SCRIPT.parent)
+    seconds, gigabytes = map(float, done.stdout.split())
     assert seconds < 20 and gigabytes < 1.5, (seconds, gigabytes)
+
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
@@ -446,40 +693,50 @@ def server(monkeypatch, tmp_path):
     content = Path(write(tmp_path / "published.hdf5", logged())).read_bytes()
     cache = tmp_path / "D4RL_DATASET_DIR" / "hopper_medium_replay-v2.hdf5"
     state = SimpleNamespace(mode="good", content=content, cache=cache)
-    timeout = socket.getdefaulttimeout()
     answers = {"good": content, "wrong": content[::-1]}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             if state.mode == "garbled":
-                return self.wfile.write(b"no HTTP\r\n\r\n")
-            self.send_response(200 if self.path == f"/{cache.name}" else 404)
-            self.send_header("Content-Length", str(len(content) + 999 * (state.mode in ("broken", "silent"))))
+                self.wfile.write(b"no HTTP\r\n\r\n")
+                return
+            status = 200 if self.path == f"/{cache.name}" else 404
+            self.send_response(int(state.mode) if state.mode.isdigit() else status)
+            missing = 999 if state.mode in ("broken", "silent") else 0
+            self.send_header("Content-Length", str(len(content) + missing))
             self.end_headers()
             self.wfile.write(answers.get(state.mode, content[:2000]))
-            state.mode == "silent" and time.sleep(2)
+            if state.mode == "silent":
+                time.sleep(2)
 
         def log_message(self, *_):
             pass
+
     web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=web.serve_forever, args=(0.05,), daemon=True).start()
-    monkeypatch.setattr(reproduce, "D4RL_URL", f"http://127.0.0.1:{web.server_port}/")
-    monkeypatch.setitem(reproduce.D4RL_FILES, ENV, (len(content), hashlib.sha256(content).hexdigest()))
+    monkeypatch.setattr(ractd, "D4RL_URL", f"http://127.0.0.1:{web.server_port}/")
+    monkeypatch.setitem(ractd.D4RL_SHA256, ENV, hashlib.sha256(content).hexdigest())
     yield state
-    socket.setdefaulttimeout(timeout)
-    web.shutdown(), web.server_close()
+    web.shutdown()
+    web.server_close()
+
 
 def test_the_default_data_are_downloaded_checked_and_cached(server, capsys):
     assert cli("data") == 0 and server.cache.read_bytes() == server.content
-    server.mode = "wrong"                                    # a second download would fail
+    server.mode = "wrong"  # a second download would fail
     assert cli("data") == 0 and "(D4RL)" in capsys.readouterr().out
 
-@pytest.mark.parametrize("mode", ["broken", "silent", "wrong", "garbled"])
-def test_a_failed_download_says_so_and_leaves_nothing_behind(server, mode, monkeypatch, capsys):
+
+@pytest.mark.parametrize("mode", ["broken", "silent", "wrong", "garbled", "404", "503"])
+def test_a_failed_download_is_an_error_and_no_reason_for_other_data(
+    server, mode, monkeypatch, capsys
+):
     server.mode, wait = mode, socket.setdefaulttimeout
-    monkeypatch.setattr(socket, "setdefaulttimeout", lambda _: wait(0.5))    # not 20 seconds
-    refused(capsys, cli("data"), "not the published file")
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda _: wait(0.5))  # not 20 seconds
+    number = mode if mode.isdigit() else ""
+    refused(capsys, cli("data"), "not the published file", "--data", number)
     assert not list(server.cache.parent.iterdir())
+
 
 def test_a_cached_file_that_is_not_the_published_one_is_refused_and_left_alone(server, capsys):
     for content in (server.content[::-1], server.content[:-1]):
@@ -487,170 +744,344 @@ def test_a_cached_file_that_is_not_the_published_one_is_refused_and_left_alone(s
         refused(capsys, cli("data"), "not the published file", str(server.cache))
         assert server.cache.read_bytes() == content
 
-@pytest.mark.parametrize("env, o, a", [
-    (ENV, 11, 3), ("hopper-medium", 11, 3), ("hopper-medium-expert", 11, 3),
-    ("walker2d-medium-replay", 17, 6), ("halfcheetah-medium-expert", 17, 6)])
-def test_the_stand_in_is_deterministic_and_well_formed(env, o, a):
-    one, two, other = (reproduce.collect_standin(env, 2000, seed) for seed in (1, 1, 2))
-    assert all(np.array_equal(x[key], y[key]) for x, y in zip(one, two, strict=True) for key in x)
-    assert not np.array_equal(one[0]["actions"], other[0]["actions"])
-    assert 1500 < sum(len(e["rewards"]) for e in one) < 4500
-    for e in one:
-        n = len(e["rewards"])
-        assert e["observations"].shape == (n + 1, o) and e["actions"].shape == (n, a)
-        assert np.abs(e["actions"]).max() <= 1 and not (e["terminations"] & e["truncations"]).any()
-        assert np.flatnonzero(e["terminations"] | e["truncations"]).tolist() == [n - 1]
 
-def test_without_a_network_a_stand_in_is_made_once_and_an_interrupt_leaves_nothing(
-        monkeypatch, tmp_path, capsys):
-    create = minari.create_dataset_from_buffers
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(minari, "create_dataset_from_buffers", lambda *args, **kwargs: (
-            create(*args, **kwargs), signal.default_int_handler(signal.SIGINT, None)))
-        reproduce.make_standin(ENV, 2000)
-    assert not list((tmp_path / "MINARI_DATASETS_PATH").rglob("*.hdf5"))
-    reproduce.make_standin(ENV, 2000)
-    monkeypatch.setattr(reproduce, "collect_standin", None)
-    assert cli("data") == 0
-    assert "cannot be downloaded" in (out := capsys.readouterr().out) and "(stand-in: NOT" in out
+def test_without_a_network_one_task_has_data_beside_the_program_and_every_score_says_so(
+    tmp_path, capsys
+):
+    assert cli("distill", "--out=new", *FLAGS["distill"]) == 0
+    out = capsys.readouterr().out
+    name = "hopper-medium-replay-sac.hdf5"
+    for words in (
+        "cannot be downloaded",
+        str(tmp_path / "D4RL_DATASET_DIR"),
+        "200,000 transitions",
+    ):
+        assert words in out
+    assert f"{ENV} on {name} (bundled, not D4RL's file)" in out
+    dataset = metrics("new")["dataset"]
+    assert dataset["name"] == name and "not D4RL's file" in dataset["source"]
     assert not list((tmp_path / "D4RL_DATASET_DIR").iterdir())
 
-def test_a_minari_dataset_is_distilled_and_acts_in_the_environment_that_it_recovers(
-        monkeypatch, capsys):
-    data = "--data=minari:" + reproduce.make_standin(ENV, 2000)
-    assert ractd.main(["distill", data, *FLAGS]) == 0
-    monkeypatch.setattr(ractd, "TASKS", {})                  # no other way to the environment
-    out = next(Path("runs").glob("ractd*"))
-    assert ractd.main(["evaluate", data, "--episodes=3"]) == 0
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["returns"] == returns(out, "evaluate_RACTD_nfe1_noise20_from0_n3.json")
-    assert metrics["dataset"]["source"] == "minari" and metrics["normalized_score_mean"] is None
-    for command in (["ablate", "--what=nfe"], ["plot"]):
-        assert ractd.main([*command, data, *FLAGS]) == 0     # returns, where there is no score
-    rows = json.loads((out / "ablate_nfe.json").read_text())["rows"]
-    assert {row["unit"] for row in rows} == {"return"} and np.mean(metrics["returns"]) == rows[0]["score"]
-    assert "ractd/hopper" in capsys.readouterr().out and (out / "returns.png").exists()
+
+@pytest.mark.parametrize("env", [env for env in ractd.ENVS if env != ENV])
+def test_without_a_network_the_other_tasks_name_three_ways_out(env, tmp_path, capsys):
+    code = cli("data", env=env)
+    out, err = capsys.readouterr()
+    assert code == 2 and err.count("ractd.py: ") == 1
+    assert f"{env.replace('-', '_')}-v2.hdf5" in out and str(tmp_path / "D4RL_DATASET_DIR") in out
+    for way_out in ("put the file", "--data FILE", f"python -m reproduce.collect --env {env}"):
+        assert way_out in err
+
+
+# ---- presets and flags ---------------------------------------------------------------------------
+
+
+def configured(monkeypatch, *args, env=ENV):
+    """The Config that `distill` would run with."""
+    runs = []
+    monkeypatch.setattr(ractd, "train", runs.append)
+    monkeypatch.setattr(ractd, "make_unet", lambda *_: None)  # 240 M parameters
+    assert cli("distill", *args, env=env) == 0
+    return runs[0].config
+
+
+SIGMA = {
+    "halfcheetah-medium": 0.5,
+    "halfcheetah-medium-replay": 1.0,
+    "halfcheetah-medium-expert": 0.0,
+    "hopper-medium": 1.0,
+    "hopper-medium-replay": 1.0,
+    "hopper-medium-expert": 0.5,
+    "walker2d-medium": 0.4,
+    "walker2d-medium-replay": 0.5,
+    "walker2d-medium-expert": 0.2,
+}
+
+
+@pytest.mark.parametrize("env", SIGMA)
+def test_the_papers_presets_have_its_losses_and_its_sigma_for_each_task(env, monkeypatch):
+    losses = {"distance": "pseudo-huber", "dsm_target": "jump", "anchor_weight": 0.0}
+    losses |= {"reward_noise": 80.0, "init_noise": 80.0, "reward_weight": SIGMA[env]}
+    assert sorted(ractd.ENVS) == sorted(SIGMA)
+    assert configured(monkeypatch, env=env) == Config()
+    assert configured(monkeypatch, "--preset=paper-losses", env=env) == Config(**losses)
+    paper = Config(
+        **losses,
+        channels=(512, 1024, 2048),
+        kernel=5,
+        blocks=2,
+        patch=1,
+        grid_points=80,
+        teacher_steps=392_000,
+        teacher_batch=1024,
+        teacher_lr=1e-4,
+        teacher_warmup=2000,
+        reward_steps=314_000,
+        reward_batch=64,
+        reward_lr=2e-4,
+        reward_warmup=20,
+        student_steps=33_500,
+        student_batch=4800,
+        student_lr=1e-4,
+        student_warmup=500,
+        target_decay=0.0,
+    )
+    assert configured(monkeypatch, "--preset=paper", env=env) == paper
+
+
+def test_an_explicit_flag_beats_the_preset_and_the_rest_stays(monkeypatch):
+    flags = ["--distance=squared", "--reward-weight=3", "--init-noise=1", "--channels", "8", "16"]
+    expected = ractd.PAPER_LOSSES | {"distance": "squared", "reward_weight": 3.0}
+    expected |= {"init_noise": 1.0, "channels": (8, 16)}
+    assert configured(monkeypatch, "--preset=paper-losses", *flags) == Config(**expected)
+
+
+def test_the_papers_losses_train_and_act_end_to_end(trained):
+    where = [f"--data={trained.data}", "--out=new", "--preset=paper-losses"]
+    assert cli("distill", *where, *FLAGS["distill"]) == 0
+    assert metrics("new")["init_noise"] == 80
+    config = torch.load("new/student.pt")["config"]
+    assert config["distance"] == "pseudo-huber" and config["reward_weight"] == 1.0
+
+
+IGNORED = """data --student-lr=3, data --seed=1, data --out=x, data --device=cpu, data --preset=paper,
+    teacher --reward-steps=5, teacher --episodes=3, teacher --nfe=2, teacher --reward-weight=1,
+    reward --channels=8, reward --distance=squared, reward --student-lr=1, reward --init-noise=1,
+    distill --model=teacher, distill --teacher-points=5,
+    evaluate --teacher-lr=1, evaluate --horizon=8, evaluate --data=x, evaluate --seed=1,
+    evaluate --preset=paper, export --episodes=3, export --first-seed=1,
+    export --gamma=0.9, export --data=x"""
+
+
+@pytest.mark.parametrize("command_line", re.split(r",\s+", IGNORED))
+def test_a_flag_that_a_command_would_ignore_is_not_accepted(command_line, monkeypatch, capsys):
+    command, flag = command_line.split()
+    monkeypatch.setattr(ractd, "train", None)
+    refused(capsys, cli(command, flag), f"unrecognized arguments: {flag}")
+
+
+BAD_FLAGS = """--channels=0 --channels=9999 --channels=a --kernel=4 --horizon=10 --horizon=-8
+    --patch=0 --gamma=1 --gamma=nan --blocks=0 --teacher-steps=0 --teacher-lr=-1
+    --teacher-warmup=-1 --reward-batch=0 --grid-points=2 --episodes=0 --nfe=0 --nfe=x --nfe=81
+    --seed=-1 --seed=99999999999999999999 --target-decay=2
+    --init-noise=nan --reward-noise=-1 --reward-weight=-2 --anchor-weight=inf --dsm-target=x
+    --distance=x --first-seed=-1 --device=cuda:99 --device=x --horizn=8 --preset=x"""
+
+
+@pytest.mark.parametrize("flag", BAD_FLAGS.split())
+def test_a_bad_flag_is_refused_by_name(flag, trained, capsys):
+    code = cli("distill", f"--data={trained.data}", *FLAGS["distill"], "--out=never", flag)
+    refused(capsys, code, flag.split("=")[0])
+    assert not Path("never").exists()
+
 
 # ---- running -------------------------------------------------------------------------------------
 
+
 def test_end_to_end_leaves_every_promised_file_and_number(trained):
-    out, _, text = trained
-    assert {path.name for path in out.iterdir()} == set(
-        "teacher.pt reward.pt student.pt config.json log.jsonl training.png metrics.json".split())
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics.keys() >= set(
-        "env dataset method nfe init_noise episodes seeds returns lengths return_mean "
-        "normalized_score_mean normalized_score_sem ms_per_action train_seconds seed device "
-        "git_commit versions".split())
-    assert metrics["method"] == "RACTD" and metrics["nfe"] == 1 and metrics["seeds"] == [0, 1, 2]
-    assert metrics["return_mean"] == pytest.approx(np.mean(metrics["returns"]))
-    score = (np.array(metrics["returns"]) + 20.272305) / (3234.3 + 20.272305) * 100
-    assert metrics["normalized_score_mean"] == pytest.approx(score.mean())
-    assert metrics["normalized_score_sem"] == pytest.approx(score.std(ddof=1) / 3**0.5)
-    assert json.loads((out / "config.json").read_text())["horizon"] == 8
-    rows = [(row["stage"], row["step"]) for row in map(json.loads, (out / "log.jsonl").open())]
-    assert len(rows) == len(set(rows)) and ("student", STEPS) in rows and "NOT comparable" in text
+    names = {f"{stage}.{kind}" for stage in STAGES for kind in ("pt", "jsonl")}
+    assert {path.name for path in trained.out.iterdir() if "score" not in path.name} == names
+    found = metrics(trained.out)
+    assert found["method"] == "RACTD" and found["calls"] == 1 and found["episodes"] == 3
+    assert len(found["returns"]) == len(found["lengths"]) == 3
+    assert found["return_mean"] == pytest.approx(np.mean(found["returns"]))
+    score = (np.array(found["returns"]) + 20.272305) / (3234.3 + 20.272305) * 100
+    assert found["score_mean"] == pytest.approx(score.mean())
+    assert found["score_sem"] == pytest.approx(score.std(ddof=1) / 3**0.5)
+    for stage in STAGES:
+        rows = list(map(json.loads, (trained.out / f"{stage}.jsonl").open()))
+        steps = [row["step"] for row in rows]
+        assert steps == sorted(set(steps)) and steps[-1] == rows[-1]["steps"] == STEPS
+    assert rows[-1].keys() >= {"loss", "ctm", "dsm", "R", "anchor", "grad"}
+    assert "not D4RL's file" in trained.text
 
-def test_a_saved_policy_acts_identically_without_the_dataset(run, monkeypatch):
-    out, flags = run
-    monkeypatch.setattr(ractd, "load_dataset", None)
-    for _ in range(2):
-        assert cli("evaluate", f"--out={out}", "--episodes=3") == 0
-        assert returns(out, "evaluate_RACTD_nfe1_noise20_from0_n3.json") == returns(out)
-    for how in (["--model=teacher"], ["--nfe=2"]):
-        assert cli("evaluate", f"--out={out}", "--episodes=1", *how) == 0
-
-def test_episodes_and_seeds_are_the_command_lines_not_the_checkpoints(run):
-    out, _ = run
-    saved = torch.load(out / "student.pt")
-    saved["config"].update(first_seed=50, episodes=7)
-    torch.save(saved, out / "student.pt")
-    assert cli("evaluate", f"--out={out}", "--episodes=2") == 0
-    assert returns(out, "evaluate_RACTD_nfe1_noise20_from0_n2.json") == returns(out)[:2]
-
-def test_more_calls_than_grid_points_act_too(run):
-    assert cli("evaluate", f"--out={run[0]}", "--episodes=1", "--nfe=20") == 0
-    assert len(returns(run[0], "evaluate_RACTD_nfe20_noise20_from0_n1.json")) == 1
-
-def test_older_observations_and_several_actions_of_a_plan_go_through_all_commands(trained):
-    flags = [f"--data={trained[1]}", *FLAGS, "--history=2", "--execute=3", "--out=new"]
-    assert cli("distill", *flags) == 0 == cli("evaluate", "--out=new", "--episodes=3")
-    assert returns(Path("new")) == returns(Path("new"), "evaluate_RACTD_nfe1_noise20_from0_n3.json")
-    assert cli("export", "--out=new", "p.pt2") == 0
-    action, chunk = torch.export.load("p.pt2").module()(torch.zeros(5, 2, 11))
-    assert action.shape == (5, 3) and chunk.shape == (5, 8, 3)
-
-def test_bfloat16_trains_float32_weights_that_are_nearly_the_same(trained):
-    assert cli("distill", f"--data={trained[1]}", *FLAGS, "--precision=bfloat16", "--out=new") == 0
-    for stage in ractd.STAGES:
-        half, full = (torch.load(folder / f"{stage}.pt")["ema"] for folder in (Path("new"), trained[0]))
-        assert {x.dtype for x in half.values()} == {torch.float32}
-        assert 0 < max((half[name] - full[name]).abs().max() for name in full) < 0.1
 
 def test_a_finished_run_is_not_trained_again_and_repeats_its_returns(run, monkeypatch):
-    out, flags = run
-    before = returns(out)
+    out, give = run
+    before = metrics(out)["returns"]
     monkeypatch.setattr(ractd, "fit", None)
-    assert cli("distill", *flags) == 0 and returns(out) == before
+    assert give("distill") == 0 and metrics(out)["returns"] == before
 
-@pytest.mark.parametrize("command, stage", [("teacher", "teacher"), ("distill", "student")])
-def test_a_killed_run_goes_on_to_the_same_bits(trained, run, command, stage):
-    out, flags = run
-    path = out / f"{stage}.pt"
+
+def test_two_different_evaluations_never_share_a_file_and_the_same_one_does(run, monkeypatch):
+    out, give = run
+    noise, teacher = "--init-noise=1", "--model=teacher"
+    different = [[], [noise], [f"{noise}.0000001"], ["--nfe=2"], ["--nfe=20"]]
+    different += [["--first-seed=1"], ["--episodes=4"]]
+    different += [[teacher], [teacher, "--teacher-points=5"], [teacher, noise]]
+    config = torch.load(out / "student.pt")["config"]  # those are the command line's
+    rewrite(out / "student.pt", config=config | {"first_seed": 50, "episodes": 7, "nfe": 3})
+
+    def evaluate(*how):
+        assert cli("evaluate", f"--out={out}", "--episodes=2", *how) == 0
+        return {path.name: json.loads(path.read_text()) for path in out.glob("score_*.json")}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ractd, "load_dataset", None)  # acting needs no data
+        for how in different:
+            found = evaluate(*how)
+        assert len(found) == 1 + len(different), list(found)
+        again = [evaluate(*how) for how in different][-1]
+    assert {name: score["returns"] for name, score in again.items()} == {
+        name: score["returns"] for name, score in found.items()
+    }
+    (out / "student.pt").unlink()
+    assert give("distill", "--student-lr=0.01") == 0  # another student in the same folder
+    assert len(evaluate()) == len(found) + 2
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(run, trained):
+    _, give = run
+    for seed in (0, 1):
+        assert give("reward", f"--seed={seed}", out=f"new{seed}") == 0
+        assert same_weights(f"new{seed}/reward.pt", trained.out / "reward.pt") == (seed == 0)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(run, trained, monkeypatch):
+    out, give = run
+    path = out / "student.pt"
     path.unlink()
-    process = subprocess.Popen([sys.executable, SCRIPT, command, f"--env={ENV}", *flags,
-                                "--save-every=0"], stdout=subprocess.DEVNULL)
-    while not path.exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.kill(), process.wait()
-    assert 0 < torch.load(path)["step"] < STEPS
-    assert cli(command, *flags) == 0 and same_weights(path, trained[0] / f"{stage}.pt")
-    rows = [json.loads(line) for line in (out / "log.jsonl").open()]
-    steps = [row["step"] for row in rows if row["stage"] == stage]
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parent))
+    where = [f"--env={ENV}", f"--data={trained.data}", f"--out={out}"]
+    code = """import os, signal, sys, ractd
+calls, step, ractd.SAVE_EVERY = [], ractd.train_step, 0
+def killed(*args):
+    calls.append(1)
+    if len(calls) == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*args)
+ractd.train_step = killed
+ractd.main(sys.argv[1:])"""
+    command = [sys.executable, "-c", code, "distill", *where, *FLAGS["distill"]]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert 0 < torch.load(path)["step"] < 20
+    assert give("distill") == 0 and same_weights(path, trained.out / "student.pt")
+    steps = [json.loads(line)["step"] for line in (out / "student.jsonl").open()]
     assert steps == sorted(set(steps)) and steps[-1] == STEPS
 
-@pytest.mark.parametrize("module, name, call, step", [      # in a step, in the last one, while it logs
-    (ractd, "edm_loss", 7, 7), (ractd, "edm_loss", STEPS, STEPS), (json, "dump", 7, 8)])
-def test_ctrl_c_saves_and_exits_with_130_and_the_command_goes_on(
-        trained, run, monkeypatch, capsys, module, name, call, step):
-    out, flags = run
-    (out / "teacher.pt").unlink()
-    calls, original, handler = [], getattr(module, name), signal.getsignal(signal.SIGINT)
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("call", [7, STEPS])
+def test_ctrl_c_saves_and_exits_with_130_and_the_command_goes_on_to_the_same_bits(
+    trained, run, monkeypatch, capsys, stage, call
+):
+    out, give = run
+    path, command = out / f"{stage}.pt", "distill" if stage == "student" else stage
+    path.unlink()
+    calls, train_step, handler = [], ractd.train_step, signal.getsignal(signal.SIGINT)
 
     def interrupted(*args):
         calls.append(1)
         if len(calls) == call:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(*args)
-    monkeypatch.setattr(module, name, interrupted)
-    assert cli("teacher", *flags) == 130 and "goes on" in capsys.readouterr().out
-    assert torch.load(out / "teacher.pt")["step"] == step
+        return train_step(*args)
+
+    monkeypatch.setattr(ractd, "train_step", interrupted)
+    assert give(command) == 130 and "goes on" in capsys.readouterr().out
+    assert torch.load(path)["step"] == call
     assert signal.getsignal(signal.SIGINT) is handler
-    assert cli("teacher", *flags) == 0 and len(calls) == STEPS
-    assert same_weights(out / "teacher.pt", trained[0] / "teacher.pt")
-    assert cli("distill", *flags) == 0               # the student knows the same teacher again
+    assert give(command) == 0 and len(calls) == STEPS
+    assert same_weights(path, trained.out / f"{stage}.pt")
+    assert give("distill") == 0  # the student knows the same teacher and reward model again
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(trained, seed):
-    assert cli("reward", f"--data={trained[1]}", *FLAGS, "--out=new", f"--seed={seed}") == 0
-    assert same_weights("new/reward.pt", trained[0] / "reward.pt") == (seed == 0)
 
-def test_retrain_keeps_the_old_file_and_a_student_of_another_teacher_is_refused(run, capsys):
-    out, flags = run
-    old = (out / "teacher.pt").read_bytes()
-    assert cli("teacher", *flags, "--retrain=teacher", "--teacher-lr=1e-4") == 0
-    kept, = out.glob("teacher.*.old.pt")
-    assert kept.read_bytes() == old != (out / "teacher.pt").read_bytes()
-    refused(capsys, cli("distill", *flags, "--teacher-lr=1e-4"), "teacher_id", "--retrain student")
-    assert cli("distill", *flags, "--retrain=teacher") == 0          # and the student that stands on it
-    assert same_weights(out / "teacher.pt", kept)
-    assert [len(list(out.glob(f"{stage}.*.old.pt"))) for stage in ("teacher", "student")] == [2, 1]
+def test_ctrl_c_while_a_line_is_printed_does_not_say_saved_before_it_is(run, monkeypatch):
+    out, give = run
+    path, calls, log = out / "teacher.pt", [], ractd.log_progress
+    path.unlink()
 
-def test_teacher_and_reward_model_can_come_from_elsewhere(trained):
-    files = [f"--{stage}={trained[0] / stage}.pt" for stage in ("teacher", "reward")]
-    assert cli("distill", f"--data={trained[1]}", *FLAGS, *files, "--out=new") == 0
-    assert not Path("new/teacher.pt").exists()
-    assert same_weights("new/student.pt", trained[0] / "student.pt")
+    def interrupted(*args):
+        calls.append(args[1])
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return log(*args)
+
+    monkeypatch.setattr(ractd, "log_progress", interrupted)
+    assert give("teacher") == 130 and torch.load(path)["step"] >= calls[2]
+
+
+def test_fit_warms_up_then_follows_half_a_cosine_and_averages_as_released(tmp_path, monkeypatch):
+    seen = []
+
+    def step(net, average, optimizer, loss_fn, decay):
+        seen.append((optimizer.param_groups[0]["lr"], decay))
+        return {"loss": torch.tensor(0.0)}
+
+    monkeypatch.setattr(ractd, "train_step", step)
+    config = Config(teacher_steps=14, teacher_warmup=4, teacher_lr=0.5, target_decay=0.7)
+    ractd.fit("teacher", nn.Linear(1, 1), None, config, tmp_path / "a.pt", {})
+    rates, decays = zip(*seen, strict=True)
+    assert rates[:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5]) and rates[9] == 0.25
+    assert list(rates[4:]) == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 0.02
+    assert decays == pytest.approx([1 - (1 + n) ** -0.75 for n in range(14)])
+    seen.clear()
+    config = Config(student_steps=3, student_warmup=0, target_decay=0.7)
+    ractd.fit("student", nn.Linear(1, 1), None, config, tmp_path / "b.pt", {})
+    assert [decay for _, decay in seen] == [0.7] * 3 and seen[0][0] == config.student_lr
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.75, 1.0])
+def test_the_average_follows_the_network_as_its_decay_says(decay):
+    net, average = nn.Linear(2, 1), frozen(nn.Linear(2, 1))
+    optimizer, old = torch.optim.SGD(net.parameters(), 0.1), average.weight.clone()
+
+    def loss(net, given):
+        assert given is average
+        return net(torch.ones(1, 2)).sum(), {"extra": torch.tensor(3.0)}
+
+    info = ractd.train_step(net, average, optimizer, loss, decay)
+    assert info["extra"] == 3 and info["grad"].item() == pytest.approx(math.sqrt(3))
+    assert torch.allclose(average.weight, decay * old + (1 - decay) * net.weight)
+
+
+@pytest.mark.parametrize("name", ["ctm", "dsm"])
+def test_training_stops_at_a_loss_that_is_not_finite_and_keeps_the_last_good_checkpoint(
+    run, monkeypatch, capsys, name
+):
+    out, give = run
+    (out / "student.pt").unlink()
+    loss, calls = getattr(ractd, f"{name}_loss"), []
+
+    def broken(*args):
+        calls.append(1)
+        return loss(*args) * (1.0 if len(calls) < 5 else math.nan)
+
+    monkeypatch.setattr(ractd, f"{name}_loss", broken)
+    monkeypatch.setattr(ractd, "SAVE_EVERY", 0)
+    refused(capsys, give("distill"), f"{name} is nan", "--student-lr")
+    assert 0 < torch.load(out / "student.pt")["step"] < 5
+
+
+def test_in_a_real_run_all_but_the_student_is_frozen_and_the_averages_are_used(run, monkeypatch):
+    out, give = run
+    (out / "student.pt").unlink()
+    seen, loss = [], ractd.distillation_loss
+
+    def record(student, target, teacher, *others):
+        if not seen:  # it starts as the teacher
+            x, state = torch.randn(4, 8, 3), torch.randn(4, 11)
+            pair = denoise(student, x, 3.0, state, 0.5), denoise(teacher, x, 3.0, state)
+            assert torch.allclose(*pair, atol=1e-5)
+        seen.append((student, target, teacher, *others))
+        return loss(student, target, teacher, *others)
+
+    monkeypatch.setattr(ractd, "distillation_loss", record)
+    assert give("distill") == 0
+    student, target, teacher, reward_model = seen[0][:4]
+    for net in (target, teacher, reward_model):
+        assert not net.training and not any(p.requires_grad for p in net.parameters())
+    assert student.training and all(p.requires_grad for p in student.parameters())
+    for stage, net in (("teacher", teacher), ("reward", reward_model)):
+        average = torch.load(out / f"{stage}.pt")["ema"]
+        assert all(torch.equal(x, average[name]) for name, x in net.state_dict().items())
+    (out / "student.pt").unlink()
+    assert give("distill", "--reward-weight=0") == 0 and seen[-1][3] is None  # CTD
+    assert {json.loads(path.read_text())["method"] for path in out.glob("score_*")} == {
+        "RACTD",
+        "CTD",
+    }
+
 
 def test_a_file_that_is_replaced_stays_whole_when_the_writing_is_interrupted(tmp_path):
     path = tmp_path / "a.pt"
@@ -661,31 +1092,99 @@ def test_a_file_that_is_replaced_stays_whole_when_the_writing_is_interrupted(tmp
     assert path.read_bytes() == b"old"
     with ractd.replacing(path) as f:
         f.write(b"new")
-    assert path.read_bytes() == b"new"
+    assert path.read_bytes() == b"new" and list(tmp_path.glob("a*")) == [path]
 
-def test_training_stops_at_a_loss_that_is_not_finite_and_keeps_the_last_good_checkpoint(
-        run, monkeypatch, capsys):
-    out, flags = run
-    (out / "student.pt").unlink()
-    loss, calls = ractd.dsm_loss, []
-    monkeypatch.setattr(ractd, "dsm_loss", lambda *args: calls.append(1) or (
-        loss(*args)[0], {"dsm": torch.tensor(1.0 if len(calls) < 5 else math.nan)}))
-    refused(capsys, cli("distill", *flags, "--save-every=0"), "dsm is nan")
-    assert torch.load(out / "student.pt")["step"] == 4
+
+def test_a_full_disk_loses_nothing(run, monkeypatch, capsys):
+    out, give = run
+    before = (out / "student.pt").read_bytes()
+    next(out.glob("score_*")).unlink()
+    (out / "teacher.pt").rename(out / "kept.pt")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ractd.os, "fsync", full)
+    refused(capsys, give("teacher"), "No space left")
+    (out / "kept.pt").rename(out / "teacher.pt")
+    refused(capsys, give("distill"), "No space left")
+    assert (out / "student.pt").read_bytes() == before
+    assert not list(out.glob("score_*")) and not list(out.glob("*.part"))
+
+
+def test_ractd_alone_in_an_empty_folder_does_everything_but_the_offline_data(trained, tmp_path):
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    shutil.copy(SCRIPT, folder)
+    code = f"""import sys, ractd
+ractd.D4RL_URL = {CLOSED_PORT!r}
+def give(*args):
+    return ractd.main([args[0], "--env={ENV}", *args[1:]])
+assert not give("distill", "--data={trained.data}", *sys.argv[1:])
+assert not give("evaluate", "--episodes=3") and not give("export")
+assert give("data") == 2
+"""
+    command = [sys.executable, "-c", code, *FLAGS["distill"]]
+    environment = {key: x for key, x in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("ractd.py: ") == 1 and "--data FILE" in done.stderr
+    out = folder / "runs" / ENV
+    assert same_weights(out / "student.pt", trained.out / "student.pt")
+    assert metrics(out)["returns"] == metrics(trained.out)["returns"]
+    assert (out / "policy.pt2").exists()
+
 
 # ---- acting and evaluation -----------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("stage", ["student", "teacher"])
-def test_a_batch_of_observations_is_acted_on_like_each_alone(trained, stage):
-    checkpoint = ractd.load_checkpoint(trained[0] / f"{stage}.pt", stage, "cpu")
-    del checkpoint["net"]                                    # it is the averaged weights that act
-    policy = ractd.Policy(checkpoint, Config(teacher_points=4, nfe=2, init_noise=80.0))
-    observations = np.random.default_rng(0).normal(size=(5, 1, 11))
-    batch, other = (policy(observations, list(map(np.random.default_rng, seeds)))
-                    for seeds in (range(5), range(5, 10)))
-    alone = [policy(observations[i:i + 1], [np.random.default_rng(i)])[0] for i in range(5)]
-    assert batch.shape == (5, 8, 3) and np.abs(batch - alone).max() < 1e-5
-    assert np.abs(batch - other).max() > 1e-3
+def test_what_a_policy_keeps_between_calls_changes_no_action(trained, stage):
+    """The plain calls of section 6, a level for each sample, against the levels made once."""
+    checkpoint = ractd.load_checkpoint(trained.out / f"{stage}.pt", stage)
+    del checkpoint["net"]  # it is the averaged weights that act
+    for nfe in (1, 3):
+        policy = ractd.Policy(checkpoint, Config(nfe=nfe, teacher_points=5, init_noise=7.0))
+        net, tables = policy.net, checkpoint["normalizer"]
+        observations, z = torch.randn(5, 11), torch.randn(5, 8, 3)
+        state = ractd.encode(observations, tables["obs"])
+
+        def many(t):
+            return torch.full((5,), t)
+
+        if stage == "student":
+            assert policy.calls == nfe
+
+            def jump(x, t, k, net=net, state=state, many=many):
+                return student_jump(net, x, many(t), many(k), state)
+
+            grid = ractd.karras_sigmas(6)
+            x, _ = ractd.student_sample(jump, 7 * z, grid, nfe, lambda _, z=z: z)
+        else:
+            assert policy.calls == 7
+
+            def denoiser(x, t, net=net, state=state, many=many):
+                return denoise(net, x, many(t), state)
+
+            x, _ = ractd.heun_sample(denoiser, 7 * z, ractd.karras_sigmas(5))
+        expected = ractd.decode(x.clamp(-1, 1), tables["action"])
+        for _ in range(2):
+            with torch.no_grad():
+                plans = policy(observations, lambda _, z=z: z)
+            assert plans.shape == (5, 8, 3) and (plans - expected).abs().max() < 1e-6
+
+        def generators():
+            return [np.random.default_rng(seed) for seed in range(5)]
+
+        rows = np.stack([g.standard_normal((8, 3), np.float32) for g in generators()])
+        if nfe == 1:
+            with torch.no_grad():
+                plans = policy(observations, lambda _, rows=rows: torch.from_numpy(rows))
+            acted = policy.act(observations.numpy(), generators())
+            assert np.abs(plans.numpy() - acted).max() < 1e-6
+
 
 class World:
     """Episodes of 3 + seed steps, the last a fall or a time limit; rewards 2, 4, 8, ..."""
@@ -704,325 +1203,212 @@ class World:
         observation = np.array([self.seed, self.count])
         return observation, 2.0**self.count, ended and not odd, ended and odd, {}
 
-def test_returns_count_the_last_reward_and_plans_are_executed_in_order():
+
+def test_returns_count_the_last_reward_and_the_first_action_of_a_plan_is_executed():
     log, seen = [], []
 
-    def policy(observations, generators):
-        seen.append((observations, [g.random() for g in generators]))
-        return observations[:, -1:, 1:] + np.arange(4)[:, None]          # the step number goes on
-    result = ractd.evaluate(policy, lambda: World(log), 2, first_seed=4, history=2, execute=2)
+    def act(observations, generators):
+        seen.append((observations, [generator.random() for generator in generators]))
+        return observations[:, None, 1:] + np.arange(4)[:, None]  # the step number goes on
+
+    result = ractd.evaluate(act, lambda: World(log), 2, first_seed=4)
     assert result["returns"] == [2.0**8 - 2, 2.0**9 - 2] and result["lengths"] == [7, 8]
-    assert [action for seed, action in log if seed == 4] == list(range(7)) and len(seen) == 4
-    assert seen[0][0][:2].tolist() == [[[4, 0], [4, 0]], [[5, 0], [5, 0]]]
-    assert seen[1][0][0].tolist() == [[4, 1], [4, 2]]
+    assert [action for seed, action in log if seed == 4] == list(range(7)) and len(seen) == 8
+    assert seen[0][0][:2].tolist() == [[4, 0], [5, 0]] and seen[1][0][0].tolist() == [4, 1]
     assert seen[0][1][:2] == [np.random.default_rng(seed).random() for seed in (4, 5)]
 
+
 def test_a_return_does_not_depend_on_how_many_episodes_run_beside_it(trained):
-    checkpoint = ractd.load_checkpoint(trained[0] / "student.pt", "student", "cpu")
-    policy, make = ractd.Policy(checkpoint, Config()), ractd.simulator(ENV)
-    together = ractd.evaluate(policy, make, 4)["returns"]
-    alone = [ractd.evaluate(policy, make, 1, first_seed=seed)["returns"][0] for seed in range(4)]
+    checkpoint = ractd.load_checkpoint(trained.out / "student.pt", "student")
+    act, make = ractd.Policy(checkpoint).act, ractd.simulator(ENV)
+    together = ractd.evaluate(act, make, 4)["returns"]
+    alone = [ractd.evaluate(act, make, 1, first_seed=seed)["returns"][0] for seed in range(4)]
     assert alone == together and len(set(together)) == 4
 
-@pytest.mark.parametrize("env, value, score", [
-    ("hopper-medium", 3234.3, 100), ("hopper-medium", -20.272305, 0),
-    ("walker2d-medium", 1.629008, 0), ("walker2d-medium-expert", 4592.3, 100),
-    ("halfcheetah-medium", 12135.0, 100), ("halfcheetah-medium", -280.178953, 0),
-    ("mujoco/pusher/expert-v0", 1.0, math.nan)])
-def test_normalized_score_has_d4rls_reference_points(env, value, score):
+
+@pytest.mark.parametrize(
+    "env, value, score",
+    [
+        ("hopper-medium", 3234.3, 100),
+        ("hopper-medium", -20.272305, 0),
+        ("walker2d-medium", 1.629008, 0),
+        ("walker2d-medium-expert", 4592.3, 100),
+        ("halfcheetah-medium", 12135.0, 100),
+        ("halfcheetah-medium", -280.178953, 0),
+        ("mujoco/pusher/expert-v0", 1.0, math.nan),
+    ],
+)
+def test_the_normalised_score_has_d4rls_reference_points(env, value, score):
     assert ractd.normalized_score(env, value) == pytest.approx(score, nan_ok=True)
 
-# ---- reproduce.py: tables, figures, export ---------------------------------------------------------
 
-def test_the_bound_of_a_student_step_is_the_eight_passes_that_its_losses_need():
-    teacher, target = (ractd.frozen(network(i, two_levels=i > 0)) for i in range(2))
-    student, R, calls = network(2, True), ractd.frozen(ractd.RewardModel(3, 2)), []
-    state, x0 = torch.randn(4, 3), torch.randn(4, 8, 2)
-    repeat = reproduce.network_passes(lambda: ractd.distillation_loss(
-        student, target, teacher, R, state, x0, Config(grid_points=6)))
-    for net in (teacher, target, student, R):
-        net.register_forward_pre_hook(lambda net, inputs: calls.append(
-            (net, len(inputs[0]), inputs[0].requires_grad, torch.is_grad_enabled())))
-    repeat()
-    assert calls == [
-        (teacher, 4, False, False), (teacher, 4, False, False),  # Eq. 6: one Heun step
-        (target, 4, False, False),                               # Eq. 6: u -> k
-        (student, 12, False, True),                              # Eqs. 5, 7, 8 in one
-        (target, 4, False, False), (target, 4, True, True),      # Eq. 5: k -> 0, both sides
-        (R, 4, False, True), (teacher, 4, False, False)]         # Eq. 8 (state first), the anchor
-    assert all(p.grad.abs().sum() > 0 for p in student.parameters())
-    assert not [p for net in (teacher, target, R) for p in net.parameters() if p.grad is not None]
-
-def test_times_are_medians_of_calls_that_take_turns():
-    order, calls = [], {"slow": lambda: order.append("slow") or time.sleep(0.03),
-                        "fast": lambda: order.append("fast") or time.sleep(0.002)}
-    times = reproduce.in_turns(calls, turns=4)
-    assert 30 <= times["slow"][0] < 90 and 2 <= times["fast"][0] < 15
-    assert times["slow"][1] >= 0 and order[4:].count("slow") == 4 < order[4:].count("fast")
-    assert [x for i, x in enumerate(order[4:]) if x != order[3 + i]] == ["slow", "fast"] * 4
-
-def test_bench_writes_every_promised_number(run, monkeypatch):
-    out, flags = run
-    monkeypatch.setattr(reproduce, "in_turns",
-                        lambda calls, turns=1, real=reproduce.in_turns: real(calls, 2, 0))
-    assert cli("bench", *flags) == 0
-    bench = json.loads((out / "bench.json").read_text())
-    samplers = dict(teacher_80=158, teacher_20=38, teacher_10=18, student_1=1, student_2=2, student_4=4)
-    assert bench["calls"] == samplers
-    assert bench["score"].keys() == bench["action_ms"].keys() == samplers.keys()
-    assert bench["score"]["student_1"][0] == pytest.approx(
-        json.loads((out / "metrics.json").read_text())["normalized_score_mean"])
-    assert bench["action_ms"]["teacher_80"] > 10 * bench["action_ms"]["student_1"] == 10 * bench["policy_ms"]
-    assert bench["forward_ms"].keys() == {"teacher", "student"}
-    assert bench["forward_ms"]["student"] < bench["policy_ms"]
-    for stage in ractd.STAGES:
-        assert 0 < bench["train"][stage]["network_share"] < 1.2 and bench["train"][stage]["steps_per_s"] > 0
-    assert min(bench["eval"]["simulator_s"], bench["eval"]["network_s"]) > 0 and bench["peak_memory_mb"] > 50
-    assert bench["device"] and bench["versions"]["torch"] == torch.__version__
-
-@pytest.mark.parametrize("what, students, words", [
-    ("losses", 7, ["without DSM", "1.5", "109.5"]), ("reward-weight", 8, ["0.7 of the default", "108.4"])])
-def test_an_ablation_trains_each_row_as_it_says_and_never_twice(
-        run, monkeypatch, capsys, what, students, words):
-    out, flags = run
-    assert cli("ablate", *flags, f"--what={what}") == 0
-    first = json.loads((out / f"ablate_{what}.json").read_text())
-    default = {"reward_weight": 2.0}                         # Hopper's; the others are multiples of it
-    if what == "reward-weight":
-        weights = [row["changes"]["reward_weight"] for row in first["rows"]]
-        assert weights == pytest.approx([0, 0.2, 0.6, 1, 1.4, 2, 3, 4])
-    for row in first["rows"]:
-        name = "-".join(f"{key}={value}" for key, value in row["changes"].items())
-        folder = out / "variants" / name if name and row["changes"] != default else out
-        saved = torch.load(folder / "student.pt")
-        assert all(saved["config"][key] == value for key, value in row["changes"].items())
-        assert saved["depends"]["teacher_id"] == torch.load(out / "teacher.pt")["id"]
-    assert len({torch.load(path)["id"] for path in out.rglob("student.pt")}) == students
-    table = capsys.readouterr().out
-    assert all(word in table for word in words)
-    monkeypatch.setattr(ractd, "fit", None)
-    monkeypatch.setattr(ractd, "evaluate", None)
-    assert cli("ablate", *flags, f"--what={what}") == 0
-    assert json.loads((out / f"ablate_{what}.json").read_text()) == first
-    assert (out / f"ablate_{what}.png").read_bytes()[:4] == b"\x89PNG"
-
-@pytest.mark.parametrize("what, calls", [("nfe", [1, 2, 4]), ("init-noise", [4] * 4 + [1] * 4)])
-def test_an_ablation_of_acting_trains_nothing(run, monkeypatch, what, calls):
-    out, flags = run
-    monkeypatch.setattr(ractd, "fit", None)
-    assert cli("ablate", *flags, f"--what={what}") == 0
-    rows = json.loads((out / f"ablate_{what}.json").read_text())["rows"]
-    assert [row["nfe"] for row in rows] == calls
-    default = Config().init_noise
-    same, = [row for row in rows if row["nfe"] == 1 and row["changes"].get("init_noise", default) == default]
-    assert same["returns"] == returns(out)
-
-def test_an_ablation_retrains_every_student_once(run, monkeypatch):
-    out, flags = run
-    stages, fit = [], ractd.fit
-    monkeypatch.setattr(ractd, "fit", lambda stage, *args: stages.append(stage) or fit(stage, *args))
-    assert cli("ablate", *flags, "--what=nfe", "--retrain=student") == 0 and stages == ["student"]
-    stages.clear()
-    for _ in range(2):                   # seven students, the run's own among them
-        assert cli("ablate", *flags, "--what=losses", "--retrain=student", "--student-lr=1e-4") == 0
-    assert stages == ["student"] * 14
-
-def test_the_reward_teacher_plans_what_the_reward_model_likes_better(run):
-    out, flags = run
-    flags = [*flags, "--student-lr=0.01", "--student-warmup=1", "--reward-weight=5", "--retrain=student"]
-    assert cli("ablate", *flags, "--what=reward-stage") == 0
-    tuned, = (out / "variants").glob("reward-teacher-*")
-    assert len(list(tuned.rglob("student.pt"))) == 2 and len(list(out.rglob("student.pt"))) == 4
-    checkpoints = [ractd.load_checkpoint(folder / "teacher.pt", "teacher", "cpu") for folder in (out, tuned)]
-    R = ractd.load_reward_model(ractd.load_checkpoint(out / "reward.pt", "reward", "cpu"),
-                                ractd.Normalizer(checkpoints[0]["normalizer"]), "cpu")
-    state, noise = torch.rand(64, 11) - 0.5, torch.randn(64, 8, 3)
-    plans = [denoise(ractd.Policy(c, Config()).net, noise, torch.ones(64), state) for c in checkpoints]
-    plain, better = (R(state, plan[:, 0].clamp(-1, 1)).mean() for plan in plans)
-    assert better > plain + 0.01
-    assert cli("ablate", *flags, "--what=reward-stage", "--reward-weight=6") == 0    # another one
-    assert len(list((out / "variants").glob("reward-teacher-*"))) == 2
-
-def test_plot_draws_three_pictures_once_bench_has_scores(run, capsys):
-    out, flags = run
-    assert cli("plot", *flags) == 0 and "first give: bench" in capsys.readouterr().out
-    (out / "bench.json").write_text(json.dumps(dict(
-        score={"teacher_80": [5.0, 1.0, "return"], "student_1": [7.0, 1.0, "return"]}, episodes=3, device="d",
-        action_ms={"teacher_80": 100.0, "student_1": 1.0}, calls={"teacher_80": 158, "student_1": 1})))
-    assert cli("plot", *flags) == 0
-    for name in ("returns", "speed", "training"):
-        assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-
-@pytest.mark.parametrize("how", [[], ["--nfe=2", "--init-noise=80"], ["--model=teacher"]])
-def test_an_exported_policy_acts_the_same_without_this_program(run, tmp_path, how):
+def test_an_exported_policy_acts_the_same_without_this_program(run):
     out, _ = run
-    assert cli("export", f"--out={out}", *how, "policy.pt2") == 0
-    observations = torch.randn(5, 1, 11)
-    torch.save(observations, "observations.pt")
-    blocks = (SCRIPT.parent / "README.md").read_text().split("```")
-    code = next(block for block in blocks if "torch.export.load" in block)
-    code = code.removeprefix("python") + """torch.manual_seed(3)
-torch.save(policy(torch.load("observations.pt")), "actions.pt")"""
-    subprocess.run([sys.executable, "-I", "-c", code], check=True)         # -I: no ractd.py on its path
-    first, chunk = torch.load("actions.pt")
-    stage = "teacher" if "--model=teacher" in how else "student"
-    policy = ractd.Policy(ractd.load_checkpoint(out / f"{stage}.pt", stage, "cpu"), Config(
-        teacher_points=3, **dict(nfe=2, init_noise=80.0) if "--nfe=2" in how else {}))
+    options = {
+        "student": {"nfe": 2, "init_noise": 80.0},
+        "teacher": {"teacher_points": 3, "init_noise": 9.0},
+    }
+    torch.save(torch.randn(5, 11), "observations.pt")
+    for model, how in options.items():
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in how.items()]
+        assert cli("export", f"--out={out}", f"--model={model}", *flags, f"{model}.pt2") == 0
+    code = """import torch
+for model in ("student", "teacher"):
+    policy = torch.export.load(f"{model}.pt2").module()
     torch.manual_seed(3)
-    expected = policy.plan(observations, lambda _: torch.randn(5, 8, 3))
-    assert torch.allclose(chunk, expected, atol=1e-5) and torch.equal(first, chunk[:, 0])
+    torch.save(policy(torch.load("observations.pt")), f"{model}.pt")"""
+    subprocess.run([sys.executable, "-I", "-c", code], check=True)  # -I: no ractd.py on its path
+    for model, how in options.items():
+        policy = ractd.Policy(ractd.load_checkpoint(out / f"{model}.pt", model), Config(**how))
+        torch.manual_seed(3)
+        with torch.no_grad():
+            expected = policy(torch.load("observations.pt"))
+        assert torch.allclose(torch.load(f"{model}.pt"), expected, atol=1e-5)
 
-def test_a_video_is_the_first_episode_or_a_sentence(run, monkeypatch, capsys):
-    from gymnasium.envs.mujoco import MujocoEnv
-    from PIL import Image
-    frames = []
-    monkeypatch.setattr(MujocoEnv, "render", lambda self: (
-        frames.append(1) or np.full((240, 240, 3), len(frames), np.uint8)))
-    assert cli("evaluate", f"--out={run[0]}", "--episodes=2", "--video=a.gif") == 0
-    length = json.loads((run[0] / "metrics.json").read_text())["lengths"][0]
-    with Image.open("a.gif") as gif:
-        assert gif.n_frames == math.ceil((length + 1) / 4)               # 125 frames a second, every fourth
-    monkeypatch.setattr(MujocoEnv, "render", lambda self: 1 / 0)
-    capsys.readouterr()
-    refused(capsys, cli("evaluate", f"--out={run[0]}", "--episodes=2", "--video=b.gif"), "MUJOCO_GL")
 
-def test_ractd_needs_no_other_file_to_train_and_act(trained, tmp_path, monkeypatch):
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    script = shutil.copy(SCRIPT, tmp_path / "ractd.py")
+def test_a_policy_can_act_before_and_after_its_export(trained):
+    policy = ractd.Policy(ractd.load_checkpoint(trained.out / "student.pt", "student"))
+    observations = torch.randn(4, 11)
 
-    def run(command):
-        return subprocess.run([sys.executable, script, command, f"--env={ENV}", f"--data={trained[1]}",
-                               "--out=alone", *FLAGS], text=True, capture_output=True)
-    assert run("distill").returncode == 0 and same_weights("alone/student.pt", trained[0] / "student.pt")
-    failed = run("bench")
-    assert failed.returncode == 2 and "reproduce" in failed.stderr and "Traceback" not in failed.stderr
+    def export():
+        program = torch.export.export(policy, (observations,))
+        torch.manual_seed(1)
+        return program.module()(observations)
+
+    def act():
+        torch.manual_seed(1)
+        return policy(observations)
+
+    first, plans, second = export(), act(), export()
+    policy.act(observations.numpy(), [np.random.default_rng(0)] * 4)
+    for other in (first, second, act(), export()):
+        assert torch.allclose(other, plans, atol=1e-5)
+
 
 # ---- every bad input is one sentence and exit code 2 ---------------------------------------------
-
-def refused(capsys, code, *words):
-    err = capsys.readouterr().err
-    assert code == 2 and "Traceback" not in err, err
-    assert len(re.findall("^ractd.py", err, re.M)) == 1, err
-    assert not [word for word in words if word not in err], err
 
 BAD_ROWS = {
     "lacks timeouts": lambda rows: rows.pop("timeouts"),
     "rewards has shape (100,)": lambda rows: rows.update(rewards=rows["rewards"][:100]),
     "observations has shape (133,)": lambda rows: rows.update(observations=rows["rewards"]),
-    "actions has type": lambda rows: rows.update(actions=np.full((133, 3), b"x")),
+    "actions has shape (133, 3) and type |S1": lambda rows: rows.update(
+        actions=np.full((133, 3), b"x")
+    ),
     "rewards is NaN or infinite in row 7": lambda rows: rows["rewards"].put(7, math.nan),
     "observations of 9": lambda rows: rows.update(observations=rows["observations"][:, :9]),
     "actions of 2 numbers": lambda rows: rows.update(actions=rows["actions"][:, :2]),
-    "--horizon 8": lambda rows: rows.update(
-        terminals=np.arange(133) % 5 == 4),
+    "--horizon 8": lambda rows: rows.update(terminals=np.arange(133) % 5 == 4),
     "no episode ends": lambda rows: rows.update(terminals=np.zeros(133), timeouts=np.zeros(133)),
-    "has shape (0,": lambda rows: rows.update({key: x[:0] for key, x in rows.items()})}
+    "has shape (0,": lambda rows: rows.update({key: x[:0] for key, x in rows.items()}),
+}
+
 
 @pytest.mark.parametrize("sentence", BAD_ROWS)
 def test_a_bad_dataset_is_refused(sentence, tmp_path, capsys):
-    BAD_ROWS[sentence](rows := logged())
+    rows = logged()
+    BAD_ROWS[sentence](rows)
     data = write(tmp_path / "bad.hdf5", rows)
-    refused(capsys, cli("distill", *FLAGS, f"--data={data}"), "bad.hdf5", sentence)
+    refused(capsys, cli("distill", *FLAGS["distill"], f"--data={data}"), "bad.hdf5", sentence)
+
 
 def test_a_missing_or_damaged_file_is_refused(tmp_path, capsys):
     path, whole = tmp_path / "bad.hdf5", Path(write(tmp_path / "good.hdf5", logged())).read_bytes()
     refused(capsys, cli("data", f"--data={path}"), str(path))
-    for content in (b"no HDF5", whole[:len(whole) // 2]):
+    for content in (b"no HDF5", whole[: len(whole) // 2]):
         path.write_bytes(content)
         refused(capsys, cli("data", f"--data={path}"), str(path))
     refused(capsys, cli("data", "--data=minari:no/such-v0"), "no/such-v0")
 
-@pytest.mark.parametrize("flag", """--channels=0 --channels=a --kernel=4 --embed=9 --horizon=10
-    --horizon=-8 --history=0 --gamma=1 --gamma=nan --teacher-steps=0 --teacher-lr=-1 --patch=0
-    --reward-batch=0 --grid-points=2 --episodes=0 --nfe=0 --nfe=x --execute=0 --execute=9
-    --dropout=2 --seed=-1 --seed=99999999999999999999 --target-decay=2 --init-noise=nan
-    --reward-weight=-2 --dsm-target=x --device=cuda:99 --device=x --horizn=8 --preset=x""".split())
-def test_a_bad_flag_is_refused_by_name(flag, trained, capsys):
-    code = cli("teacher", f"--data={trained[1]}", *FLAGS, "--out=never", flag)
-    refused(capsys, code, "steps" if "steps" in flag else flag.split("=")[0])
-    assert not Path("never").exists()
 
-def test_an_unknown_env_is_answered_with_the_nearest_names(capsys):
-    refused(capsys, cli("data", env="hoper-medium-repaly"), "nearest first: hopper-medium-replay")
+def test_an_unknown_env_is_answered_with_the_nearest_names(tmp_path, capsys):
+    sentence = "nearest first: hopper-medium-replay"
+    refused(capsys, cli("data", env="hoper-medium-repaly"), sentence)
+    refused(capsys, ractd.main(["data"]), "--env")
+    for command in ("teacher", "distill"):  # a folder that exists makes no task of it
+        code = cli(command, f"--out={tmp_path}", env="hoper-medium-repaly")
+        refused(capsys, code, "hoper-medium-repaly")
+
 
 def test_what_does_not_fit_a_checkpoint_is_refused_with_a_list(run, capsys):
-    out, flags = run
-    code = cli("distill", *flags, "--teacher-lr=1e-4", "--teacher-batch=9")
-    refused(capsys, code, "teacher_lr: 0.001 in the file, 0.0001", "teacher_batch: 8")
-    code = cli("evaluate", f"--out={out}", "--horizon=16", env="walker2d-medium")
-    refused(capsys, code, "horizon: 8", f"env: {ENV}")
-    code = cli("distill", *flags, "--out=new", f"--teacher={out / 'teacher.pt'}", "--horizon=16")
-    refused(capsys, code, "horizon: 8")
-    torch.save(dict(torch.load(out / "teacher.pt"), step=3), "unfinished.pt")
-    code = cli("distill", *flags, "--out=new", "--teacher=unfinished.pt")
-    refused(capsys, code, f"steps: 3 in the file, {STEPS} asked for")
+    out, give = run
+    code = give("distill", "--teacher-lr=1e-4", "--teacher-batch=9")
+    path = str(out / "teacher.pt")
+    refused(
+        capsys, code, "teacher_lr: 0.001 in the file, 0.0001", "teacher_batch: 8", "delete", path
+    )
+    refused(capsys, give("distill", "--gamma=0.9"), "gamma: 0.99", "reward.pt")
+    code = cli("evaluate", f"--out={out}", env="walker2d-medium")
+    refused(capsys, code, f"env: {ENV} in the file, walker2d-medium asked", "--out")
+    with h5py.File(Path("walker.hdf5"), "w") as f:
+        f.update(logged(o=17, a=6))
+    code = cli(
+        "distill", "--data=walker.hdf5", f"--out={out}", *FLAGS["distill"], env="walker2d-medium"
+    )
+    refused(capsys, code, f"env: {ENV}", "teacher.pt")
 
-def test_data_that_were_edited_are_not_the_same_data(run, trained, tmp_path, capsys):
+
+@pytest.mark.parametrize("stage", ["teacher", "reward"])
+def test_a_student_of_another_teacher_or_reward_model_is_refused(run, stage, capsys):
+    out, give = run
+    weights = ractd.weights_id(torch.load(out / f"{stage}.pt"))
+    (out / f"{stage}.pt").unlink()
+    other = [f"--{stage}-lr=1e-4"]
+    assert give(stage, *other) == 0
+    refused(
+        capsys, give("distill", *other), f"{stage}: {weights} in the file", "student.pt", "delete"
+    )
+    (out / "student.pt").unlink()
+    assert give("distill", *other) == 0
+
+
+def test_data_that_were_edited_are_not_the_same_data(run, tmp_path, trained, capsys):
+    _, give = run
     rows = logged()
-    rows["actions"][5] *= -1                                 # as many rows, the same returns and name
-    data = write(tmp_path / Path(trained[1]).name, rows)
-    refused(capsys, cli("distill", *run[1], f"--data={data}"), "dataset", "another --data")
+    rows["actions"][5] *= -1  # as many rows, the same returns and name
+    data = write(tmp_path / Path(trained.data).name, rows)
+    refused(capsys, give("distill", data=data), "data: log.hdf5", "delete")
+
+
+def test_a_checkpoint_of_another_version_is_called_older_or_newer_and_not_damaged(run, capsys):
+    out, give = run
+    for stage, command in (("student", "evaluate"), ("teacher", "distill"), ("reward", "reward")):
+        for version, word in ((None, "older version"), (1, "older"), (99, "newer version")):
+            rewrite(out / f"{stage}.pt", format=version)
+            code = cli(command, f"--out={out}") if command == "evaluate" else give(command)
+            err = capsys.readouterr().err
+            assert code == 2 and word in err and str(out / f"{stage}.pt") in err
+            assert "damaged" not in err and "delete" in err
+        rewrite(out / f"{stage}.pt", format=ractd.FORMAT)
+    assert give("distill") == 0
+
 
 def test_a_missing_damaged_or_wrong_checkpoint_is_refused(run, capsys):
-    out, flags = run
+    out, give = run
     refused(capsys, cli("evaluate", "--out=empty"), "no trained student")
     path, whole = out / "student.pt", (out / "student.pt").read_bytes()
-    torch.save({"stage": "student"}, path)
-    for bad in (path.read_bytes(), b"", b"garbage", whole[:len(whole) // 2],
-                (out / "teacher.pt").read_bytes()):
+    torch.save(torch.zeros(3), path)
+    other = path.read_bytes(), (out / "teacher.pt").read_bytes()
+    for bad in (b"", b"garbage", whole[: len(whole) // 2], *other):
         path.write_bytes(bad)
         refused(capsys, cli("evaluate", f"--out={out}"), str(path))
-        refused(capsys, cli("distill", *flags), str(path))
+        refused(capsys, give("distill"), str(path))
+        assert path.read_bytes() == bad
 
-def test_a_folder_that_cannot_be_written_is_refused(trained, tmp_path, capsys):
+
+def test_a_folder_that_cannot_be_written_is_refused(run, tmp_path, capsys):
     (tmp_path / "file").touch()
-    code = cli("teacher", *FLAGS, f"--data={trained[1]}", f"--out={tmp_path / 'file' / 'run'}")
-    refused(capsys, code, "cannot", str(tmp_path / "file"))
+    refused(capsys, run[1]("teacher", out=tmp_path / "file" / "run"), str(tmp_path / "file"))
 
-def test_dry_run_estimates_the_time_and_leaves_nothing(trained, capsys):
-    assert cli("distill", *FLAGS, f"--data={trained[1]}", "--out=never", "--dry-run") == 0
-    out = capsys.readouterr().out
-    stages = re.findall(r"(\w+): ([0-9.]+) s a step, (\d+) steps", out)
-    assert [(name, int(steps)) for name, _, steps in stages] == [(name, STEPS) for name in ractd.STAGES]
-    total = sum(float(seconds) * STEPS for _, seconds, _ in stages) / 60
-    assert float(re.search(r"estimated total: ([0-9.]+) min", out)[1]) == pytest.approx(total, abs=0.06)
-    assert not Path("never").exists()
 
-def test_a_teacher_of_another_task_is_refused_although_its_sizes_could_fit(run, tmp_path, capsys):
-    """Walker2d and HalfCheetah have the same sizes; Hopper and Walker2d have not."""
-    out, flags = run
-    saved = torch.load(out / "teacher.pt")
-    walker = write(tmp_path / "walker.hdf5", logged(o=17, a=6))
-    shape = [flag for flag in FLAGS if "steps" not in flag]
-    for env, sizes, name in (("walker2d-medium", [11, 3], "sizes"),
-                             ("halfcheetah-medium", [17, 6], "task")):
-        columns = {"obs": np.eye(sizes[0]), "action": np.eye(sizes[1]), "return": np.eye(2)[:, :1]}
-        torch.save(dict(saved, dims=sizes, normalizer=ractd.Normalizer.fit(**columns).tables),
-                   tmp_path / "t.pt")
-        refused(capsys, cli("distill", f"--data={walker}", f"--teacher={tmp_path / 't.pt'}",
-                            "--out=other", *shape, env=env), name)
+# ---- README --------------------------------------------------------------------------------------
 
-def test_a_full_disk_and_a_machine_without_git_lose_nothing(run, monkeypatch, capsys):
-    out, flags = run
-    before = (out / "student.pt").read_bytes()
-    (out / "metrics.json").unlink()
-    monkeypatch.setenv("PATH", "")
-    assert cli("evaluate", flags[0], f"--out={out / 'new' / 'folder'}",
-               f"--teacher={out / 'teacher.pt'}", "--episodes=2") == 0       # so it acts
-    metrics = json.loads((out / "new/folder/evaluate_teacher_nfe4_noise20_from0_n2.json").read_text())
-    assert metrics["git_commit"] is None
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(ractd.os, "fsync", full)
-    refused(capsys, cli("distill", *flags), "No space left")
-    assert (out / "student.pt").read_bytes() == before and not (out / "metrics.json").exists()
-    assert not list(out.glob("*.part"))
 
 def test_the_examples_in_the_readme_run(run):
-    text, scope = (SCRIPT.parent / "README.md").read_text(), {}
-    alone, policy = (block.split("```")[0] for block in text.split("```python\n")[1:3])
-    exec(alone, scope)
-    assert scope["x"].shape == (5, 16, 2) and scope["calls"] == 38 and scope["loss"] < 0.9
-    exec(policy.replace("runs/hopper-medium-replay", str(run[0])), scope)
-    assert scope["actions"].shape == (1, 8, 3)
+    """All of its Python blocks, one after the other, on the tiny run."""
+    out, _ = run
+    assert cli("export", f"--out={out}") == 0
+    text = (SCRIPT.parent / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert blocks
+    Path("examples.py").write_text("\n".join(blocks).replace(f"runs/{ENV}", str(out)))
+    runpy.run_path("examples.py")

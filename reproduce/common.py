@@ -1,0 +1,151 @@
+"""What more than one of these programs needs: a run, its models and their scores, pictures."""
+
+import argparse
+import copy
+import dataclasses
+import json
+import sys
+
+import numpy as np
+
+import ractd
+
+STAGES = ("teacher", "reward", "student")
+# Okabe and Ito's, for all eyes
+COLORS = {"data": "#999999", "teacher": "#E69F00", "CTD": "#0072B2", "RACTD": "#D55E00"}
+
+
+def make_parser(name, text):
+    """The parser of `python -m reproduce.<name>`; text: the module's docstring."""
+    return argparse.ArgumentParser(
+        prog=f"{name}.py",
+        description=text,
+        epilog="All flags of `python ractd.py distill` are taken too; its --help tells them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def parse_run(parser, argv):
+    """The run that the flags of `parser` and of `ractd.py distill` describe, checked."""
+    own, rest = parser.parse_known_args(argv)
+    run = ractd.build_parser().parse_args(["distill", *rest], own)
+    ractd.resolve(run)
+    return run
+
+
+def run_command(program, command):
+    """Call command() -> exit code: 0, 2 for something to put right, 130 for Ctrl-C."""
+    try:
+        command()
+    except (ractd.UserError, OSError, ImportError) as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def make_simulator(env, dataset):
+    """The callable that makes a run's environment; dataset: what its checkpoints say of the data."""
+    minari_id = dataset["name"] if dataset["source"].startswith("minari") else None
+    return ractd.simulator(env, minari_id)
+
+
+class Experiment:
+    """The data of a run and models trained on them, each once; finished ones are not repeated.
+
+    run: of `parse_run`; batches, meta: of `ractd.load_data`. A model with other hyperparameters
+    than the run's has a folder of its own, <out>/variants/<name>; the others lie in <out>.
+    """
+
+    def __init__(self, run):
+        self.run = run
+        self.batches, self.meta = ractd.load_data(run)
+
+    def variant(self, stages, changes, name=""):
+        """The run with `changes` of Config, in the folder of those that matter to these stages.
+
+        name: what else sets its models apart.
+        """
+        run = copy.copy(self.run)
+        run.config = dataclasses.replace(self.run.config, **changes)
+        names = [name] if name else []
+        for field in dataclasses.fields(run.config):
+            value = getattr(run.config, field.name)
+            matters = any(stage in field.metadata["commands"] for stage in stages)
+            if matters and value != getattr(self.run.config, field.name):
+                names.append(f"{field.name}={value}")
+        if names:
+            run.out = self.run.out / "variants" / "-".join(names)
+        return run
+
+    def model(self, stage, changes=None):
+        """The checkpoint of the teacher or the reward model, with `changes` of Config."""
+        run = self.variant([stage], changes or {})
+        return ractd.load_or_train(run, stage, self.batches, self.meta, {})
+
+    def student(self, changes=None, teacher=None, name=""):
+        """The checkpoint of the student with `changes` of Config.
+
+        teacher: the checkpoint of another teacher than the run's, which is called `name`.
+        """
+        changes = changes or {}
+        run = self.variant(STAGES, changes, name)
+        built_on = {"teacher": teacher or self.model("teacher", changes)}
+        if run.config.reward_weight:
+            built_on["reward"] = self.model("reward", changes)
+        return ractd.load_or_train(run, "student", self.batches, self.meta, built_on)
+
+    def score(self, checkpoint, changes=None):
+        """The metrics of a model acting with `changes` of Config: from their file, or made now."""
+        out, device = self.run.out, self.run.device
+        config = dataclasses.replace(self.run.config, **(changes or {}))
+        asked = {"weights": ractd.weights_id(checkpoint)}
+        asked["calls"] = ractd.Policy(checkpoint, config, device).calls
+        for field in dataclasses.fields(config):
+            in_calls = field.name in ("nfe", "teacher_points")
+            if "evaluate" in field.metadata["commands"] and not in_calls:
+                asked[field.name] = getattr(config, field.name)
+        for path in out.glob(f"score_*_{asked['weights']}_*.json"):
+            metrics = json.loads(path.read_text())
+            if all(metrics.get(name) == value for name, value in asked.items()):
+                print(f"{checkpoint['stage']}: score from {path}")
+                return metrics
+        return ractd.evaluate_and_report(checkpoint, config, out, device)
+
+
+def points(env, returns):
+    """Returns of episodes -> (mean, standard error, unit): D4RL scores, or returns without one."""
+    results, unit = ractd.normalized_score(env, np.array(returns)), "normalised score"
+    if not np.isfinite(results).all():
+        results, unit = np.array(returns), "return"
+    sem = results.std(ddof=1) / len(results) ** 0.5 if len(results) > 1 else 0.0
+    return float(results.mean()), float(sem), unit
+
+
+def data_label(env, dataset):
+    """The title of a picture or table; dataset: what a checkpoint says of the data."""
+    return f"{env} on {dataset['name']} ({dataset['source']})"
+
+
+def write_json(path, value):
+    """Numbers as JSON, whole or not at all."""
+    with ractd.replacing(path) as f:
+        f.write(json.dumps(value, indent=2).encode())
+
+
+def canvas(width, height, title, **options):
+    """A figure of that many inches that needs no screen, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    return figure, figure.subplots(**options)
+
+
+def save_picture(figure, path):
+    """Write a figure as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    print(f"picture: {path}")
