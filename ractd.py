@@ -17,7 +17,6 @@ Notation
     x0, x_t      a clean and a noisy plan: H actions (B, H, A), scaled to [-1, 1]
     state        an observation (B, O), scaled to [-1, 1]; s_n in the paper
     D, g         denoisers of teacher and student, F the network in them; G the student's jump
-    sg           stop-gradient: weights that this loss does not train
 
 Sections 3 to 6, the method, need torch and the constants of section 1 alone. README.md says where
 the default departs from the paper; reproduce/ measures it.
@@ -110,8 +109,8 @@ class Config:
     reward_noise: float = option(1.0, STUDENT, "scale of the noise of Eq. 8's plan [80]", 0, 1e4)
     episodes: int = option(20, "distill evaluate", "evaluation episodes; 100 for a report", 1)
     first_seed: int = option(0, "distill evaluate", "episode i has seed first_seed + i", 0)
-    nfe: int = option(1, ACTING, "network calls per plan of the student", 1, 80)
-    teacher_points: int = option(20, "evaluate export", "n of Heun's method: 2 n - 3 calls", 3)
+    nfe: int = option(1, ACTING, "student: network calls per plan", 1, 80)
+    teacher_points: int = option(20, "evaluate export", "teacher: n of Heun, 2 n - 3 calls", 3)
     init_noise: float = option(20.0, ACTING, "scale of the noise to act from [80]", 0, 1e4)
 
 
@@ -858,7 +857,7 @@ class Policy(nn.Module):
         # what a network call at fixed levels needs does not depend on the state: made once, here
         self.level = functools.cache(functools.partial(precondition, self.net))
         with torch.no_grad():
-            self(torch.zeros(1, checkpoint["dims"][0], device=device))
+            self(torch.zeros(1, checkpoint["dims"][0], device=device), torch.zeros_like)
 
     @torch.inference_mode()  # a sixth faster at batch 1 than no_grad
     def act(self, observations, generators):
@@ -884,20 +883,20 @@ class Policy(nn.Module):
         return decode(x.clamp(-1, 1), self.tables["action"])  # in the action box
 
 
-def simulator(env, minari_id=None):
-    """A callable that makes the environment of a D4RL name, or the one a Minari dataset is of."""
+def simulator(env, data):
+    """A callable that makes the simulator of `env`, or Minari's of `data`, a `Dataset.summary`."""
     import gymnasium
     import minari
 
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # no advice to leave the -v4 tasks
     try:
         make = functools.partial(gymnasium.make, TASKS.get(env.split("-")[0], (env,))[0])
-        if minari_id:
-            make = minari.load_dataset(minari_id).recover_environment
+        if data["source"].startswith("minari"):
+            make = minari.load_dataset(data["name"]).recover_environment
         make().close()
         return make
     except (gymnasium.error.Error, ImportError, OSError, LookupError, ValueError) as error:
-        raise UserError(f"the environment of {minari_id or env} cannot be made ({error})") from None
+        raise UserError(f"the environment of {env} cannot be made ({error})") from None
 
 
 def evaluate(act, make_env, episodes=20, first_seed=0):
@@ -946,7 +945,7 @@ def evaluate_and_report(checkpoint, config, out, device="cpu"):
     policy = Policy(checkpoint, config, device)
     method = "RACTD" if checkpoint["config"]["reward_weight"] else "CTD"
     method = method if policy.student else "teacher"
-    make_env = simulator(env, data["name"] if data["source"].startswith("minari") else None)
+    make_env = simulator(env, data)
     print(f"evaluation: {n} episodes, {policy.calls} network call(s) per plan", flush=True)
     result = evaluate(policy.act, make_env, n, first)
     mean = float(np.mean(result["returns"]))
@@ -955,7 +954,8 @@ def evaluate_and_report(checkpoint, config, out, device="cpu"):
     metrics = {"env": env, "dataset": data, "method": method, "weights": weights_id(checkpoint)}
     metrics |= {"calls": policy.calls, "init_noise": config.init_noise}
     metrics |= {"episodes": n, "first_seed": first, **result, "return_mean": mean}
-    metrics |= {"score_mean": scores[0], "score_sem": sem}
+    score = {"score_mean": scores[0], "score_sem": sem}
+    metrics |= {key: x if math.isfinite(x) else None for key, x in score.items()}  # JSON: no NaN
     how = "{method}_{weights}_calls{calls}_noise{init_noise}_seeds{first_seed}-{n}"
     path = out / f"score_{how.format(n=first + n - 1, **metrics)}.json"
     with replacing(path) as f:
@@ -983,7 +983,8 @@ def weights_id(checkpoint):
 def load_data(run):
     """The data of a run -> (Batches, meta: what checkpoints record), or UserError if unfit."""
     dataset, horizon = load_dataset(run.env, run.data), run.config.horizon
-    env = simulator(run.env, dataset.name if dataset.source == "minari" else None)()
+    meta = {"env": run.env, "dataset": dataset.summary()}
+    env = simulator(run.env, meta["dataset"])()
     dims = [dataset.observations.shape[1], dataset.actions.shape[1]]
     sizes = [math.prod(space.shape) for space in (env.observation_space, env.action_space)]
     if dims != sizes:
@@ -991,14 +992,13 @@ def load_data(run):
         raise UserError(f"{dataset.name} has {found}, {run.env} {sizes[0]} and {sizes[1]}")
     batches = Batches(dataset, horizon, run.config.gamma, run.device)
     print(f"{dataset}, {len(batches.starts):,} windows of {horizon} actions", flush=True)
-    meta = {"env": run.env, "dims": dims, "dataset": dataset.summary()}
-    return batches, meta | {"normalizer": batches.normalizer}
+    return batches, meta | {"dims": dims, "normalizer": batches.normalizer}
 
 
 def stage_loss(stage, config, batches, dims, built_on):
     """(network, loss_fn(net, average)) of a stage; built_on: checkpoints of teacher and reward."""
-    device = batches.obs.device
     distance = pseudo_huber if config.distance == "pseudo-huber" else squared
+    device = batches.obs.device
 
     def teacher_loss(net, _):
         state, x0 = batches.windows(config.teacher_batch)
@@ -1115,7 +1115,7 @@ def build_parser():
             text = "paper-losses: Eqs. 4-9 to the letter; paper: the published sizes, too [values]"
             add("--preset", choices=PRESETS, default="default", help=text)
         if command in ("evaluate", "export"):
-            add("--model", choices=("student", "teacher"), default="student")
+            add("--model", choices=("student", "teacher"), default="student", help="who acts")
         if command == "export":
             add("file", nargs="?", help="file to write (default: <out>/policy.pt2)")
         for field in dataclasses.fields(Config):

@@ -1220,7 +1220,7 @@ def test_returns_count_the_last_reward_and_the_first_action_of_a_plan_is_execute
 
 def test_a_return_does_not_depend_on_how_many_episodes_run_beside_it(trained):
     checkpoint = ractd.load_checkpoint(trained.out / "student.pt", "student")
-    act, make = ractd.Policy(checkpoint).act, ractd.simulator(ENV)
+    act, make = ractd.Policy(checkpoint).act, ractd.simulator(ENV, checkpoint["dataset"])
     together = ractd.evaluate(act, make, 4)["returns"]
     alone = [ractd.evaluate(act, make, 1, first_seed=seed)["returns"][0] for seed in range(4)]
     assert alone == together and len(set(together)) == 4

@@ -24,7 +24,6 @@ from reproduce.common import (
     STAGES,
     Experiment,
     make_parser,
-    make_simulator,
     parse_run,
     points,
     run_command,
@@ -185,7 +184,7 @@ def bench(run):
             returns = experiment.score(models[stage], changes)["returns"]
             score[name] = points(run.env, returns)
     print(f"{config.episodes} episodes, timed", flush=True)
-    make_env = make_simulator(run.env, experiment.meta["dataset"])
+    make_env = ractd.simulator(run.env, experiment.meta["dataset"])
     act = policies["student_1"].act
     timed = ractd.evaluate(act, make_env, config.episodes, config.first_seed)
     memory, cuda_memory = peak_memory(run.device)

@@ -46,12 +46,6 @@ def run_command(program, command):
     return 0
 
 
-def make_simulator(env, dataset):
-    """The callable that makes a run's environment; dataset: what its checkpoints say of the data."""
-    minari_id = dataset["name"] if dataset["source"].startswith("minari") else None
-    return ractd.simulator(env, minari_id)
-
-
 class Experiment:
     """The data of a run and models trained on them, each once; finished ones are not repeated.
 

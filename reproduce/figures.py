@@ -24,7 +24,6 @@ from reproduce.common import (
     canvas,
     data_label,
     make_parser,
-    make_simulator,
     parse_run,
     run_command,
     save_picture,
@@ -126,7 +125,7 @@ def draw_video(run):
     saved = ractd.load_checkpoint(run.out / "student.pt", "student", run.device)
     ractd.check_compatible(run.out / "student.pt", saved, {"env": run.env})
     policy = ractd.Policy(saved, run.config, run.device)
-    make = make_simulator(run.env, saved["dataset"])
+    make = ractd.simulator(run.env, saved["dataset"])
     options = {"render_mode": "rgb_array"}
     if run.env in ractd.ENVS:  # this camera goes along with the body
         options |= {"width": 240, "height": 240, "camera_name": "track"}
