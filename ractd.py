@@ -342,23 +342,23 @@ def expand(t):
     return t[:, None, None] if torch.is_tensor(t) else t
 
 
-class TemporalConv(nn.Module):
+class TemporalConv(nn.Linear):
     """Convolution over time (B, L, C_in) -> (B, L, C_out), LayerNorm, SiLU."""
 
     def __init__(self, c_in, c_out, kernel):
-        super().__init__()
-        self.kernel = kernel
-        self.linear, self.norm = nn.Linear(kernel * c_in, c_out), nn.LayerNorm(c_out)
+        super().__init__(kernel * c_in, c_out)
+        self.kernel, self.norm = kernel, nn.LayerNorm(c_out)
 
     def forward(self, x):
         # one matrix product over shifted copies: for short plans faster than the CPU's convolution
         padded = nn.functional.pad(x, (0, 0, self.kernel // 2, self.kernel // 2))
         if torch.is_grad_enabled():
             shifted = torch.cat([padded[:, i : i + x.shape[1]] for i in range(self.kernel)], dim=2)
-        else:  # the same as one overlapping view, whose backward pass would be slow
+        else:  # the same out of one overlapping view, whose backward pass would be slow
             b, n, c = x.shape
-            shifted = padded.as_strided((b, n, self.kernel * c), (padded.stride(0), c, 1))
-        return nn.functional.silu(self.norm(self.linear(shifted)))
+            strides = (padded.stride(0), c, 1)
+            shifted = padded.as_strided((b, n, self.kernel * c), strides).contiguous()
+        return nn.functional.silu(self.norm(super().forward(shifted)))
 
 
 class ResidualBlock(nn.Module):

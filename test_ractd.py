@@ -308,8 +308,8 @@ def test_a_level_is_a_float_or_one_for_each_sample_and_the_convolution_is_one():
     assert len(one) == 1 and len(many) == 5 and torch.allclose(one.expand_as(many), many, atol=1e-6)
     assert torch.allclose(net(x, one, state), net(x, many, state), atol=1e-5)
     conv = ractd.TemporalConv(2, 4, 5)
-    weight = conv.linear.weight.view(4, 5, 2).transpose(1, 2)
-    y = nn.functional.conv1d(x.transpose(1, 2), weight, conv.linear.bias, padding=2)
+    weight = conv.weight.view(4, 5, 2).transpose(1, 2)
+    y = nn.functional.conv1d(x.transpose(1, 2), weight, conv.bias, padding=2)
     y = nn.functional.silu(nn.functional.layer_norm(y.transpose(1, 2), (4,)))
     assert torch.allclose(conv(x), y, atol=1e-5)
 
