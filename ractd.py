@@ -575,10 +575,8 @@ def student_jump(net, x, t, k, state, level=None):
 
 
 def draw_jumps(batch, sigmas):
-    """Grid levels t > u >= k, (B,) each: i_u ~ U{1..N-1}, i_t = i_u - 1, i_k ~ U{i_u..N-1}.
-
-    k = u, the direct comparison with the teacher, is among them; u = t, 15 % as released, is not.
-    """
+    """Grid levels t > u >= k, (B,) each: i_u ~ U{1..N-1}, i_t = i_u - 1, i_k ~ U{i_u..N-1}."""
+    # k = u, the direct comparison with the teacher, is among them; u = t, 15 % as released, is not
     n = len(sigmas)
     i_u = torch.randint(1, n, (batch,), device=sigmas.device)
     i_k = i_u + (torch.rand(batch, device=sigmas.device) * (n - i_u)).long()
@@ -1075,8 +1073,7 @@ def export(run, saved):
     """Write the policy with its normaliser and sampler as one file; torch makes its noise."""
     policy = Policy(saved, run.config, run.device)
     example = (torch.zeros(2, saved["dims"][0], device=run.device),)
-    batch = ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(policy, example, dynamic_shapes=batch)
+    program = torch.export.export(policy, example, dynamic_shapes=({0: torch.export.Dim("batch")},))
     path = Path(run.file or run.out / "policy.pt2")
     with replacing(path) as f:
         torch.export.save(program, f)
@@ -1184,6 +1181,8 @@ def main(argv=None):
             path = run.out / f"{run.model}.pt"
             saved = load_checkpoint(path, run.model, run.device)
             check_compatible(path, saved, {"env": run.env})
+            if run.init_noise is None:  # not given: as its preset meant it
+                run.config.init_noise = saved["config"]["init_noise"]
             if run.command == "export":
                 export(run, saved)
             else:

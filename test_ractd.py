@@ -842,6 +842,10 @@ def test_the_papers_losses_train_and_act_end_to_end(trained):
     assert metrics("new")["init_noise"] == 80
     config = torch.load("new/student.pt")["config"]
     assert config["distance"] == "pseudo-huber" and config["reward_weight"] == 1.0
+    assert cli("evaluate", "--out=new", "--episodes=3") == 0  # acts as its preset meant it
+    assert len(list(Path("new").glob("score_*.json"))) == 1
+    assert cli("evaluate", "--out=new", "--episodes=3", "--init-noise=1") == 0
+    assert len(list(Path("new").glob("score_*.json"))) == 2
 
 
 IGNORED = """data --student-lr=3, data --seed=1, data --out=x, data --device=cpu, data --preset=paper,
