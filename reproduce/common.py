@@ -120,7 +120,7 @@ def points(env, returns):
 
 def data_label(env, dataset):
     """The title of a picture or table; dataset: what a checkpoint says of the data."""
-    return f"{env} on {dataset['name']} ({dataset['source']})"
+    return f"{env} on\n{dataset['name']} ({dataset['source']})"
 
 
 def write_json(path, value):
