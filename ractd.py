@@ -480,7 +480,7 @@ def denoise(net, x, t, state, k=None, level=None):
     """The teacher's denoiser D(x, t), or the student's g(x, t, k), made of the network F.
 
     x (B, H, A), t and k floats or (B,), state (B, S) -> estimate of the clean plan (B, H, A); at
-    smin x itself. level: what `precondition` gave for t and k, where they never change.
+    smin x itself. level: what `precondition` gave, for fixed levels or for other constants.
     """
     c_skip, c_out, c_in, embedding = level or precondition(net, t, k)
     return c_skip * x + c_out * net(c_in * x, embedding, state)

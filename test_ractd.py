@@ -32,7 +32,8 @@ from torch import nn
 import ractd
 from ractd import Config, UNet1d, denoise, expand, jump_from, student_jump
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # more would round differently
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
 ENV, SCRIPT, STEPS = "hopper-medium-replay", Path(ractd.__file__).resolve(), 30
 CLOSED_PORT = "http://127.0.0.1:9/"
 TEACHER = f"--horizon=8 --channels=8 --teacher-batch=8 --teacher-steps={STEPS}".split()

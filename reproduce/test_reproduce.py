@@ -20,7 +20,8 @@ import torch
 import ractd
 from reproduce import ablate, bench, collect, common, figures
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # more would round differently
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
 ENV, SCRIPT = "hopper-medium-replay", Path(ractd.__file__).resolve()
 SIZES = {"horizon": 8, "channels": 8, "grid-points": 6, "episodes": 3}
 SIZES |= {f"{stage}-batch": 8 for stage in common.STAGES}
