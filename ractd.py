@@ -70,7 +70,7 @@ def option(default, commands, help, low=None, high=math.inf, choices=None):
     return dataclasses.field(default=default, metadata=metadata | {"choices": choices})
 
 
-DISTANCES = ("squared", "pseudo-huber")
+DISTANCES, DSM_TARGETS = ("squared", "pseudo-huber"), ("denoiser", "jump")
 TEACHER, REWARD, STUDENT = "teacher distill", "reward distill", "student distill"
 NETWORK, ALL, ACTING = f"{STUDENT} teacher", f"{STUDENT} teacher reward", "distill evaluate export"
 
@@ -105,7 +105,9 @@ class Config:
     dsm_weight: float = option(1.0, STUDENT, "beta of Eq. 9", 0, 1e6)
     reward_weight: float = option(2.0, STUDENT, "sigma of Eq. 9; 0: CTD, no reward", 0, 1e6)
     anchor_weight: float = option(1.0, STUDENT, "of the anchor, not in the paper [0]", 0, 1e6)
-    dsm_target: str = option("denoiser", STUDENT, "of Eq. 7 [jump]", choices=("denoiser", "jump"))
+    dsm_target: str = option(
+        "denoiser", STUDENT, "Eq. 7: g(x_t, t, t) or G(x_t, t, 0) [jump]", choices=DSM_TARGETS
+    )
     reward_noise: float = option(1.0, STUDENT, "scale of the noise of Eq. 8's plan [80]", 0, 1e4)
     episodes: int = option(20, "distill evaluate", "evaluation episodes; 100 for a report", 1)
     first_seed: int = option(0, "distill evaluate", "episode i has seed first_seed + i", 0)
@@ -206,8 +208,7 @@ def load_dataset(env, data=""):
         raise UserError(f"no data for {env}: put the file there, or give --data FILE, or {recipe}")
     print(
         f"In its place: {BUNDLED.name}, 200,000 transitions by D4RL's recipe, all\n"
-        "of one SAC training run in the same simulator. Scores on it are not comparable with the\n"
-        "paper's. For the real data put D4RL's file into that folder."
+        "of one SAC training run in the same simulator: scores are not comparable with the paper's."
     )
     return read_hdf5(BUNDLED, BUNDLED.name, "bundled")
 
@@ -884,12 +885,13 @@ class Policy(nn.Module):
 def simulator(env, data):
     """A callable that makes the simulator of `env`, or Minari's of `data`, a `Dataset.summary`."""
     import gymnasium
-    import minari
 
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # no advice to leave the -v4 tasks
     try:
         make = functools.partial(gymnasium.make, TASKS.get(env.split("-")[0], (env,))[0])
         if data["source"].startswith("minari"):
+            import minari
+
             make = minari.load_dataset(data["name"]).recover_environment
         make().close()
         return make
@@ -943,9 +945,8 @@ def evaluate_and_report(checkpoint, config, out, device="cpu"):
     policy = Policy(checkpoint, config, device)
     method = "RACTD" if checkpoint["config"]["reward_weight"] else "CTD"
     method = method if policy.student else "teacher"
-    make_env = simulator(env, data)
     print(f"evaluation: {n} episodes, {policy.calls} network call(s) per plan", flush=True)
-    result = evaluate(policy.act, make_env, n, first)
+    result = evaluate(policy.act, simulator(env, data), n, first)
     mean = float(np.mean(result["returns"]))
     scores = normalized_score(env, np.array([mean, *result["returns"]])).tolist()
     sem = float(np.std(scores[1:], ddof=1) / math.sqrt(n)) if n > 1 else math.nan
