@@ -3,8 +3,9 @@
 A diffusion planner that needs one network call per action, learnt from logged data alone:
 
     data --> teacher  D(x, t)     EDM diffusion of the next H actions, given the state    Eq. 4
-      `----> reward   R(s, a)     return-to-go of a state and an action, on clean data    Eq. 8
-    teacher + reward --> student  G(x, t, k)    CTM + DSM + reward losses             Eqs. 5-9
+      `----> reward   R(s, a)     return-to-go of a state and actions, on clean data      Eq. 8
+    teacher + reward --> tilted   D(x, t)     of p(x0 | s) exp(sigma R), for Eq. 8's gradient
+      `----> student  G(x, t, k)    CTM + DSM losses (+ reward: paper-losses)         Eqs. 5-9
     student --> one call per action, closed loop in MuJoCo, D4RL normalised score
 
     python ractd.py distill --env hopper-medium-replay      all of it: minutes on two CPU cores
@@ -18,7 +19,7 @@ Notation
     state        an observation (B, O), scaled to [-1, 1]; s_n in the paper
     D, g         denoisers of teacher and student, F the network in them; G the student's jump
 
-Sections 3 to 6, the method, need torch and the constants of section 1 alone. README.md says where
+Sections 3 to 7, the method, need torch and the constants of section 1 alone. README.md says where
 the default departs from the paper; reproduce/ measures it.
 """
 
@@ -71,16 +72,17 @@ def option(default, commands, help, low=None, high=math.inf, choices=None):
 
 
 DISTANCES, DSM_TARGETS = ("squared", "pseudo-huber"), ("denoiser", "jump")
+REWARD_TARGETS = ("return-to-go", "td")
 TEACHER, REWARD, STUDENT = "teacher distill", "reward distill", "student distill"
-NETWORK, ALL, ACTING = f"{STUDENT} teacher", f"{STUDENT} teacher reward", "distill evaluate export"
+ACTING, NETWORK = "distill evaluate export", f"{STUDENT} tilted teacher"
 
 
 @dataclasses.dataclass
 class Config:
     """Hyperparameters of training; [in brackets: --preset paper]."""
 
-    seed: int = option(0, ALL, "seed of all training", 0, 2**63 - 1)
-    horizon: int = option(16, ALL, "H (c in the paper): actions in a plan", 1, 1024)
+    seed: int = option(0, f"{NETWORK} reward", "seed of all training", 0, 2**63 - 1)
+    horizon: int = option(16, f"{NETWORK} reward", "H (c in the paper): actions in a plan", 1, 1024)
     channels: tuple = option((64, 128), NETWORK, "U-Net channels per level [512 1024 2048]")
     kernel: int = option(3, NETWORK, "U-Net convolution width [5]", choices=(1, 3, 5, 7, 9))
     blocks: int = option(1, NETWORK, "residual blocks per U-Net level [2]", 1, 8)
@@ -90,11 +92,14 @@ class Config:
     teacher_batch: int = option(256, TEACHER, "plans per step [1024]", 1, 100_000)
     teacher_lr: float = option(1e-3, TEACHER, "peak learning rate of AdamW [1e-4]", 1e-9, 1)
     teacher_warmup: int = option(200, TEACHER, "steps of linear warm-up [2000]", 0)
+    reward_target: str = option("return-to-go", REWARD, "in-sample td", choices=REWARD_TARGETS)
+    reward_actions: int = option(4, REWARD, "first actions of a plan that R sees [1]", 1, 1024)
     gamma: float = option(0.99, REWARD, "discount of the return-to-go", 0, 0.9999)
     reward_steps: int = option(4000, REWARD, "gradient steps [314_000]", 1, 1e9)
     reward_batch: int = option(256, REWARD, "transitions per step [64]", 1, 100_000)
     reward_lr: float = option(1e-3, REWARD, "peak learning rate of AdamW [2e-4]", 1e-9, 1)
     reward_warmup: int = option(20, REWARD, "steps of linear warm-up", 0)
+    tilted_steps: int = option(1000, "tilted distill", "gradient steps; 0: Eq. 8 [0]", 0, 1e9)
     student_steps: int = option(2000, STUDENT, "gradient steps [33_500]", 1, 1e9)
     student_batch: int = option(256, STUDENT, "plans per step [4800]", 1, 100_000)
     student_lr: float = option(5e-4, STUDENT, "peak learning rate of AdamW [1e-4]", 1e-9, 1)
@@ -103,22 +108,19 @@ class Config:
     target_decay: float = option(0.99, STUDENT, "EMA decay of the frozen target [0]", 0, 1)
     ctm_weight: float = option(1.0, STUDENT, "alpha of Eq. 9", 0, 1e6)
     dsm_weight: float = option(1.0, STUDENT, "beta of Eq. 9", 0, 1e6)
-    reward_weight: float = option(2.0, STUDENT, "sigma of Eq. 9; 0: CTD, no reward", 0, 1e6)
-    anchor_weight: float = option(1.0, STUDENT, "of the anchor, not in the paper [0]", 0, 1e6)
-    dsm_target: str = option(
-        "denoiser", STUDENT, "Eq. 7: g(x_t, t, t) or G(x_t, t, 0) [jump]", choices=DSM_TARGETS
-    )
-    reward_noise: float = option(1.0, STUDENT, "scale of the noise of Eq. 8's plan [80]", 0, 1e4)
+    reward_weight: float = option(40.0, f"{STUDENT} tilted reward", "sigma; 0: CTD", 0, 1e6)
+    dsm_target: str = option("denoiser", STUDENT, "Eq. 7: g(x_t, t, t), G", choices=DSM_TARGETS)
     episodes: int = option(20, "distill evaluate", "evaluation episodes; 100 for a report", 1)
     first_seed: int = option(0, "distill evaluate", "episode i has seed first_seed + i", 0)
     nfe: int = option(1, ACTING, "student: network calls per plan", 1, 80)
     teacher_points: int = option(20, "evaluate export", "teacher: n of Heun, 2 n - 3 calls", 3)
-    init_noise: float = option(20.0, ACTING, "scale of the noise to act from [80]", 0, 1e4)
+    temperature: float = option(0.25, ACTING, "scale of all noise at acting time [1]", 0, 100)
+    candidates: int = option(1, "distill evaluate", "plans per state, R's best acts", 1, 1024)
 
 
 # Eqs. 4 to 9 as the paper writes them, at the size of the default
-PAPER_LOSSES = {"distance": "pseudo-huber", "dsm_target": "jump", "anchor_weight": 0.0}
-PAPER_LOSSES |= {"reward_noise": SIGMA_MAX, "init_noise": SIGMA_MAX}
+PAPER_LOSSES = {"distance": "pseudo-huber", "dsm_target": "jump", "tilted_steps": 0}
+PAPER_LOSSES |= {"reward_actions": 1, "temperature": 1.0}
 # the published sizes, and schedules as for hopper-medium-replay (1000, 50 and 400 epochs)
 PAPER = (
     PAPER_LOSSES
@@ -145,7 +147,6 @@ D4RL_SHA256 = {  # of its files, version 2
     "walker2d-medium-replay": "e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db",
     "walker2d-medium-expert": "6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04",
 }
-BUNDLED_ENV = "hopper-medium-replay"
 BUNDLED = Path(__file__).parent / "assets" / "hopper-medium-replay-sac.hdf5"
 
 
@@ -193,23 +194,16 @@ class Dataset:
 
 
 def load_dataset(env, data=""):
-    """The Dataset of --data (FILE.hdf5 in D4RL's layout, minari:ID); without it, D4RL's of `env`.
-
-    Where there is no network hopper-medium-replay is the bundled one, the others raise UserError.
-    """
+    """The Dataset of --data, else D4RL's of `env`, or the bundled one; UserError if there is none."""
     if data.startswith("minari:"):
         return read_minari(data.removeprefix("minari:"))
     if data:
         return read_hdf5(Path(data), Path(data).name, "file")
     if path := fetch_d4rl(env):
         return read_hdf5(path, f"{env}-v2", "D4RL")
-    if env != BUNDLED_ENV or not BUNDLED.exists():
-        recipe = f"make it by D4RL's recipe, python -m reproduce.collect --env {env}"
-        raise UserError(f"no data for {env}: put the file there, or give --data FILE, or {recipe}")
-    print(
-        f"In its place: {BUNDLED.name}, 200,000 transitions by D4RL's recipe, all\n"
-        "of one SAC training run in the same simulator: scores are not comparable with the paper's."
-    )
+    if env != "hopper-medium-replay" or not BUNDLED.exists():
+        raise UserError(f"no data for {env}: give --data FILE, or make it: reproduce/collect.py")
+    print(f"In its place: {BUNDLED.name}, of one SAC run: not comparable with the paper's.")
     return read_hdf5(BUNDLED, BUNDLED.name, "bundled")
 
 
@@ -247,7 +241,7 @@ def read_minari(dataset_id):
         # an episode has one observation more than actions: the last one, on which nobody acted
         columns = [np.concatenate([getattr(e, key)[: len(e)] for e in episodes]) for key in keys]
     except (ImportError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        hint = "it needs Box spaces, and a network if remote (pip install 'minari[hf,gcs]')"
+        hint = "Box spaces? network? pip install 'minari[hf,gcs]'?"
         raise UserError(f"minari:{dataset_id} cannot be read ({error}); {hint}") from None
     columns[4][np.cumsum([len(e) for e in episodes]) - 1] = True  # also where it was cut off
     return Dataset(dataset_id, "minari", columns)
@@ -320,19 +314,35 @@ class Batches:
             encode(torch.tensor(x, dtype=torch.float32, device=device), self.normalizer[name])
             for name, x in raw.items()
         )  # (N, O), (N, A), (N, 1)
-        self.returns_to_go = returns.squeeze(1)  # (N,)
+        self.returns_to_go, self.gamma = returns.squeeze(1), gamma  # (N,)
         self.starts = torch.tensor(starts, device=device)  # (W,)
+        self.lasts = torch.tensor(np.repeat(ends, ends - begins + 1), device=device)  # (N,)
         self.chunk = torch.arange(horizon, device=device)
 
-    def windows(self, batch):
-        """Random windows: state (B, O) and the plan x0 (B, H, A) that starts there."""
-        rows = self.starts[torch.randint(len(self.starts), (batch,), device=self.starts.device)]
-        return self.obs[rows], self.actions[rows[:, None] + self.chunk]
+    def windows(self, batch, weights=None):
+        """Random windows, as likely as weights (W,): state (B, O), the plan x0 (B, H, A) from there."""
+        weights = torch.ones_like(self.returns_to_go[self.starts]) if weights is None else weights
+        drawn = self.starts[torch.multinomial(weights, batch, replacement=True)]
+        return self.rows(drawn, len(self.chunk))
 
-    def transitions(self, batch):
-        """Random transitions, of any row: state (B, O), action (B, A), return-to-go (B,)."""
-        rows = torch.randint(len(self.obs), (batch,), device=self.obs.device)
-        return self.obs[rows], self.actions[rows], self.returns_to_go[rows]
+    def rows(self, rows, actions):
+        """States (B, O) of rows (B,), the actions (B, actions, A) from there, the last repeated."""
+        chunk = torch.minimum(rows[:, None] + self.chunk[:actions], self.lasts[rows, None])
+        return self.obs[rows], self.actions[chunk]
+
+    def transitions(self, batch, actions=1, value=None):
+        """Random rows t: state (B, O), actions (B, n, A) from there, R's target (B,).
+
+        It is the return-to-go G_t; with `value`, V: state -> (B,), n-step TD: V(s_{t+n}) is what
+        follows row t + n, if the episode has one: a fall or a time limit keeps its end, in G_t.
+        """
+        t = torch.randint(len(self.obs), (batch,), device=self.obs.device)
+        target = self.returns_to_go[t]
+        if value is not None:
+            later = torch.minimum(t + actions, self.lasts[t])
+            beyond = value(self.obs[later]) - self.returns_to_go[later]
+            target = target + self.gamma**actions * beyond * (t + actions == later)
+        return *self.rows(t, actions), target
 
 
 # ---- 3. Network: a temporal U-Net, its blocks scaled and shifted by a condition (FiLM) ---------
@@ -353,12 +363,7 @@ class TemporalConv(nn.Linear):
     def forward(self, x):
         # one matrix product over shifted copies: for short plans faster than the CPU's convolution
         padded = nn.functional.pad(x, (0, 0, self.kernel // 2, self.kernel // 2))
-        if torch.is_grad_enabled():
-            shifted = torch.cat([padded[:, i : i + x.shape[1]] for i in range(self.kernel)], dim=2)
-        else:  # the same out of one overlapping view, whose backward pass would be slow
-            b, n, c = x.shape
-            strides = (padded.stride(0), c, 1)
-            shifted = padded.as_strided((b, n, self.kernel * c), strides).contiguous()
+        shifted = torch.cat([padded[:, i : i + x.shape[1]] for i in range(self.kernel)], dim=2)
         return nn.functional.silu(self.norm(super().forward(shifted)))
 
 
@@ -541,28 +546,53 @@ def edm_loss(denoiser, x0, t, noise, distance=squared):
     return (edm_weight(t) * distance(denoiser(x0 + expand(t) * noise, t), x0)).mean()
 
 
-# ---- 5. Reward model (RACTD Eq. 8): the return-to-go of one state and action ---------------------
+# ---- 5. Reward model (RACTD Eq. 8): the return-to-go of a state and the actions taken there ------
+
+
+def mlp(c_in, width=256):
+    """Two hidden layers, (B, c_in) -> (B,). (Released: three widths of residual blocks.)"""
+    first = nn.Linear(c_in, width), nn.LayerNorm(width), nn.SiLU()
+    second = nn.Linear(width, width), nn.LayerNorm(width), nn.SiLU()
+    return nn.Sequential(*first, *second, nn.Linear(width, 1), nn.Flatten(0))
 
 
 class RewardModel(nn.Module):
-    """R(s_n, a_n): state (B, S), action (B, A) -> normalised return-to-go (B,); as released."""
+    """R: state (B, S), plan (B, H, A), its first `actions` -> return-to-go (B,). V: see `tilt`."""
 
-    def __init__(self, state_dim, action_dim, widths=(64, 128, 256)):
+    def __init__(self, state_dim, action_dim, actions=1):
         super().__init__()
-        self.layers = nn.ModuleList()
-        for c_in, c in itertools.pairwise((state_dim + action_dim, *widths)):
-            mlps = [(nn.LayerNorm(c), nn.Linear(c, c), nn.SiLU(), nn.Linear(c, c)) for _ in "12"]
-            self.layers += [nn.Linear(c_in, c), *(nn.Sequential(*mlp) for mlp in mlps)]
-        self.out = nn.Sequential(nn.SiLU(), nn.Linear(widths[-1], 1))
+        self.actions, self.R = actions, mlp(state_dim + actions * action_dim)
+        self.V = mlp(state_dim)
 
-    def forward(self, state, action):
-        x = torch.cat([state, action], dim=1)
-        for layer in self.layers:
-            x = layer(x) if isinstance(layer, nn.Linear) else x + layer(x)
-        return self.out(x).squeeze(1)
+    def forward(self, state, plan):
+        return self.R(torch.cat([state, plan[:, : self.actions].flatten(1)], dim=1))
 
 
-# ---- 6. CTM student and its losses (RACTD Eqs. 5-9; Kim et al. 2024) -----------------------------
+# ---- 6. The tilt: not in the paper, in place of Eq. 8's gradient ---------------------------------
+
+
+def tilt(reward, value, sigma, cap=5.0):
+    """exp(sigma (R - V)), the weight of a plan x0 in state s, at most exp(cap).
+
+    reward, value (B,): R(s, x0) and V(s) = log E[exp(sigma R) | s] / sigma -> (B,), mean 1 in each
+    state. Plans of the data drawn so have the density p(x0 | s) exp(sigma R) / Z(s), that with the
+    largest E[R] - KL(. || p) / sigma, which is what Eq. 9 weighs. Eqs. 4 to 7 learn it as they are,
+    at all noise levels: good modes, inside the data. Eq. 8's gradient leads to where R is wrong.
+    """
+    return (sigma * (reward - value)).clamp(max=cap).exp()
+
+
+def value_loss(reward, value, sigma, cap=5.0):
+    """(exp(z) - z - 1) / sigma^2, z = sigma (R - V), mean over the batch -> scalar; reward (B,).
+
+    Its minimiser is V(s) = log E[exp(sigma R) | s] / sigma (Garg et al. 2023). Linear beyond cap.
+    """
+    z = sigma * (reward - value)
+    inside = z.clamp(max=cap)
+    return (inside.exp() * (1 + z - inside) - z - 1).mean() / sigma**2
+
+
+# ---- 7. CTM student and its losses (RACTD Eqs. 5-9; Kim et al. 2024) -----------------------------
 
 
 def jump_from(x, g, t, k):
@@ -577,7 +607,6 @@ def student_jump(net, x, t, k, state, level=None):
 
 def draw_jumps(batch, sigmas):
     """Grid levels t > u >= k, (B,) each: i_u ~ U{1..N-1}, i_t = i_u - 1, i_k ~ U{i_u..N-1}."""
-    # k = u, the direct comparison with the teacher, is among them; u = t, 15 % as released, is not
     n = len(sigmas)
     i_u = torch.randint(1, n, (batch,), device=sigmas.device)
     i_k = i_u + (torch.rand(batch, device=sigmas.device) * (n - i_u)).long()
@@ -610,39 +639,23 @@ def dsm_loss(prediction, x0, t, distance=squared):
     return (edm_weight(t) * distance(prediction, x0)).mean()
 
 
-def reward_loss(reward_model, state, action):
+def reward_loss(reward_model, state, plan):
     """Eq. 8: -R(s_n, a_n), mean over the batch -> scalar.
 
-    state (B, S); action (B, A): the first of the student's one-call plan, clipped to the action
-    box, outside which R extrapolates and its gradient runs away.
+    state (B, S); plan (B, H, A): the student's, made by one call, clipped to the action box,
+    outside which R, callable (state, plan) -> (B,), extrapolates and its gradient runs away.
     """
-    return -reward_model(state, action.clamp(-1, 1)).mean()
-
-
-def anchor_loss(x_hat, teacher, level=0.2):
-    """Not in the paper: |x_hat - D(x_hat + level n, level)|^2 / 2, mean over the batch -> scalar.
-
-    x_hat (B, H, A): the plan that Eq. 8 pulls; teacher: D, callable (x, t) -> x0, frozen. Without
-    it that plan leaves the data, where R is wrong (score distillation: Poole et al. 2022).
-    """
-    with torch.no_grad():
-        denoised = teacher(x_hat + level * torch.randn_like(x_hat), level)
-    return (x_hat - denoised).square().flatten(1).sum(1).mean() / 2
+    return -reward_model(state, plan.clamp(-1, 1)).mean()
 
 
 def distillation_loss(student, target, teacher, reward_model, state, x0, config):
-    """Eq. 9: alpha L_CTM + beta L_DSM + sigma L_Reward (+ anchor), on one batch -> (loss, info).
+    """Eq. 9: alpha L_CTM + beta L_DSM + sigma L_Reward, on one batch -> (loss, info).
 
-    student, target, teacher: networks; reward_model: callable (state, action) -> (B,), or None for
-    CTD; all but the student frozen. state (B, S), x0 (B, H, A); config: Config.
+    student, target, teacher: networks; reward_model: callable (state, plan) -> (B,), or None for
+    no Eq. 8; all but the student frozen. state (B, S), x0 (B, H, A); config: Config.
     """
-
-    def denoiser(x, t):
-        return denoise(teacher, x, t, state)
-
-    def frozen_jump(x, t, k):
-        return student_jump(target, x, t, k, state)
-
+    denoiser = lambda x, t: denoise(teacher, x, t, state)
+    frozen_jump = lambda x, t, k: student_jump(target, x, t, k, state)
     distance = pseudo_huber if config.distance == "pseudo-huber" else squared
     # draw: where the student starts, at which level, and to which it goes
     t, u, k = draw_jumps(len(x0), karras_sigmas(config.grid_points, device=x0.device).to(x0))
@@ -651,15 +664,12 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
     t_dsm = lognormal_levels(len(x0), x0.device)
     k_dsm = zero if config.dsm_target == "jump" else t_dsm
     x_dsm = x0 + expand(t_dsm) * torch.randn_like(x0)
-    x_T = config.reward_noise * torch.randn_like(x0)
-
-    # forward: one network call for all losses, for three smaller ones would take longer
-    queries = (x_t, t, k), (x_dsm, t_dsm, k_dsm), (x_T, top, zero)
-    x, start, end = (torch.cat(parts) for parts in zip(*queries, strict=True))
-    g_ctm, g_dsm, g_reward = denoise(student, x, start, state.repeat(3, 1), end).chunk(3)
+    # forward: one network call for both losses, for two smaller ones would take longer
+    pairs = (x_t, x_dsm), (t, t_dsm), (k, k_dsm)
+    x, start, end = (torch.cat(pair) for pair in pairs)
+    g_ctm, g_dsm = denoise(student, x, start, state.repeat(2, 1), end).chunk(2)
     if config.dsm_target == "jump":
         g_dsm = jump_from(x_dsm, g_dsm, t_dsm, zero)  # G(x_t, t, 0)
-    plan = jump_from(x_T, g_reward, top, zero)  # G(x_T, T, 0)
 
     ctm = ctm_loss(g_ctm, x_t, t, u, k, denoiser, frozen_jump)
     dsm = dsm_loss(g_dsm, x0, t_dsm, distance)
@@ -667,10 +677,9 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
     info = {"ctm": ctm.detach(), "dsm": dsm.detach()}
     if reward_model is None:
         return loss, info
-    reward = reward_loss(reward_model, state, plan[:, 0])
-    anchor = anchor_loss(plan, denoiser)
-    loss = loss + config.reward_weight * reward + config.anchor_weight * anchor
-    return loss, info | {"R": -reward.detach(), "anchor": anchor.detach()}
+    x_T = SIGMA_MAX * torch.randn_like(x0)
+    reward = reward_loss(reward_model, state, student_jump(student, x_T, top, zero, state))
+    return loss + config.reward_weight * reward, info | {"R": -reward.detach()}
 
 
 @torch.no_grad()
@@ -678,8 +687,8 @@ def student_sample(jump, x_T, sigmas, nfe=1, noise=torch.randn_like):
     """xhat_0 = G(x_T, T, 0), the policy's one network call; optionally nfe - 1 refinements.
 
     jump: callable (x, t, k) -> x, t and k floats; x_T (B, H, A): noise of scale T; sigmas (n,);
-    noise: callable, x -> fresh N(0, 1) like x. A refinement starts at grid index ceil(i n / nfe):
-    for nfe = 3 and n = 80 at 27 and 54, sigma 12.0 and 0.885. -> (plan (B, H, A), network calls)
+    noise: callable, x -> N(0, 1) like x. Refinement i starts at sigmas[ceil(i n / nfe)]. -> (plan
+    (B, H, A), network calls)
     """
     *levels, smin = sigmas.tolist()
     x = jump(x_T, levels[0], smin)
@@ -689,10 +698,10 @@ def student_sample(jump, x_T, sigmas, nfe=1, noise=torch.randn_like):
     return x, nfe
 
 
-# ---- 7. Training --------------------------------------------------------------------------------
+# ---- 8. Training --------------------------------------------------------------------------------
 
-WEIGHT_DECAY = {"teacher": 1e-6, "reward": 1e-3, "student": 1e-4}  # of AdamW, as released
-FORMAT = 2  # of checkpoints
+WEIGHT_DECAY = {"teacher": 1e-6, "tilted": 1e-6, "reward": 1e-3, "student": 1e-4}  # as released
+FORMAT = 3  # of checkpoints
 SAVE_EVERY = 30.0  # seconds between checkpoints
 
 
@@ -705,8 +714,6 @@ def replacing(path):
     try:
         with open(partial, "wb") as f:
             yield f
-            f.flush()
-            os.fsync(f.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -733,8 +740,7 @@ def load_checkpoint(path, stage, device="cpu"):
         what = f"damaged, or no checkpoint of this program ({type(error).__name__})"
         raise UserError(f"{path} is {what}; delete it and give the same command again") from None
     if version != FORMAT:
-        age = "an older" if version < FORMAT else "a newer"
-        raise UserError(f"{path} is of {age} version of this program; delete it or change --out")
+        raise UserError(f"{path} is of another version of this program; delete it or change --out")
     if found != stage:
         raise UserError(f"{path} holds a {found}, not a {stage}")
     return checkpoint
@@ -761,8 +767,6 @@ def log_progress(stage, step, steps, infos, seconds):
             raise UserError(f"{stage}: {name} is {mean} {where}; try a smaller --{stage}-lr")
     rate = len(infos) / seconds
     eta = datetime.timedelta(seconds=round((steps - step) / rate))
-    if eta.days:
-        eta = f"{eta} (warning: the paper's sizes are made for GPUs)"
     numbers = "  ".join(f"{name} {mean:7.4f}" for name, mean in means.items())
     print(f"{stage:8}{step:8,}/{steps:,}  {numbers}  {rate:6.1f} steps/s  ETA {eta}", flush=True)
     return {"step": step, "steps": steps, **means, "steps_per_s": rate}
@@ -776,7 +780,8 @@ def fit(stage, net, loss_fn, config, path, meta):
     run that was killed and is given again ends in the same bits (on the CPU). Ctrl-C saves.
     """
     average, device = copy.deepcopy(net).eval().requires_grad_(False), next(net.parameters()).device
-    steps, lr, warmup = (getattr(config, f"{stage}_{name}") for name in ("steps", "lr", "warmup"))
+    steps, like = getattr(config, f"{stage}_steps"), "teacher" if stage == "tilted" else stage
+    lr, warmup = (getattr(config, f"{like}_{name}") for name in ("lr", "warmup"))
     optimizer = torch.optim.AdamW(
         net.parameters(), lr, (0.95, 0.999), weight_decay=WEIGHT_DECAY[stage], fused=True
     )
@@ -797,9 +802,8 @@ def fit(stage, net, loss_fn, config, path, meta):
             done = max(0, step - warmup) / max(1, steps - warmup)
             factor = min((step + 1) / max(1, warmup), 0.5 + 0.5 * math.cos(math.pi * done))
             optimizer.param_groups[0]["lr"] = lr * factor  # linear warm-up, then half a cosine
-            decay = (
-                config.target_decay if stage == "student" else min(0.9999, 1 - (1 + step) ** -0.75)
-            )
+            decay = min(0.9999, 1 - (1 + step) ** -0.75)
+            decay = config.target_decay if stage == "student" else decay
             infos.append(train_step(net, average, optimizer, loss_fn, decay))
             step += 1
             now = time.monotonic()
@@ -822,7 +826,7 @@ def fit(stage, net, loss_fn, config, path, meta):
         signal.signal(signal.SIGINT, handler)
 
 
-# ---- 8. Acting and evaluation -------------------------------------------------------------------
+# ---- 9. Acting and evaluation -------------------------------------------------------------------
 
 
 def make_unet(config, dims, student=False):
@@ -836,35 +840,47 @@ def make_unet(config, dims, student=False):
     return UNet1d(dims[1], dims[0], *size, student)
 
 
-class Policy(nn.Module):
-    """A loaded teacher.pt or student.pt, acting: raw observations in, raw plans of actions out.
+def make_reward_model(checkpoint, dims):
+    """The reward model of a loaded reward.pt, frozen."""
+    net = RewardModel(*dims, checkpoint["config"]["reward_actions"])
+    net.load_state_dict(checkpoint["ema"])
+    return net.eval().requires_grad_(False)
 
-    how: Config, of which nfe, teacher_points and init_noise count. calls: network calls per plan.
+
+class Policy(nn.Module):
+    """A loaded teacher.pt, tilted.pt or student.pt, acting: raw observations in, raw plans out.
+
+    how: Config, of which nfe, teacher_points, temperature, candidates count; out: the folder of
+    reward.pt, for more than one candidate. calls: network calls per plan.
     """
 
-    def __init__(self, checkpoint, how=None, device="cpu"):
+    def __init__(self, checkpoint, how=None, device="cpu", out="."):
         super().__init__()
-        config, how = Config(**checkpoint["config"]), how or Config()
+        config, how, dims = Config(**checkpoint["config"]), how or Config(), checkpoint["dims"]
         self.student = checkpoint["stage"] == "student"
-        self.net = make_unet(config, checkpoint["dims"], self.student).to(device)
+        self.net = make_unet(config, dims, self.student).to(device)
         self.net.eval().requires_grad_(False).load_state_dict(checkpoint["ema"])
+        if how.candidates > 1:
+            reward = load_checkpoint(Path(out) / "reward.pt", "reward", device)
+            self.reward_model = make_reward_model(reward, dims).to(device)
         self.tables = {name: tuple(x.to(device)) for name, x in checkpoint["normalizer"].items()}
-        self.shape, self.device = (config.horizon, checkpoint["dims"][1]), device  # (H, A)
+        self.shape, self.device = (config.horizon, dims[1]), device  # (H, A)
         self.sigmas = karras_sigmas(config.grid_points if self.student else how.teacher_points)
-        self.nfe, self.init_noise = how.nfe, how.init_noise
+        self.nfe, self.temperature, self.candidates = how.nfe, how.temperature, how.candidates
         self.calls = how.nfe if self.student else 2 * how.teacher_points - 3
         # what a network call at fixed levels needs does not depend on the state: made once, here
         self.level = functools.cache(functools.partial(precondition, self.net))
         with torch.no_grad():
-            self(torch.zeros(1, checkpoint["dims"][0], device=device), torch.zeros_like)
+            self(torch.zeros(1, dims[0], device=device), torch.zeros_like)
 
     @torch.inference_mode()  # a sixth faster at batch 1 than no_grad
     def act(self, observations, generators):
         """The same in numpy, the noise of each row from its own numpy Generator."""
 
         def noise(_):
-            rows = [generator.standard_normal(self.shape, np.float32) for generator in generators]
-            return torch.from_numpy(np.stack(rows)).to(self.device)
+            shape = self.candidates, *self.shape
+            rows = [generator.standard_normal(shape, np.float32) for generator in generators]
+            return torch.from_numpy(np.concatenate(rows)).to(self.device)
 
         observations = torch.from_numpy(np.asarray(observations, np.float32)).to(self.device)
         return self(observations, noise).cpu().numpy()
@@ -872,14 +888,20 @@ class Policy(nn.Module):
     def forward(self, observations, noise=torch.randn_like):
         """observations (B, O) -> plans (B, H, A); noise: callable, x -> fresh N(0, 1) like x."""
         net, level, state = self.net, self.level, encode(observations, self.tables["obs"])
-        x_T = self.init_noise * noise(state.new_empty(state.shape[0], *self.shape))
+        state = state.repeat_interleave(self.candidates, 0)
+        cool = lambda x: self.temperature * noise(x)  # not in the paper, see the README
+        x_T = SIGMA_MAX * cool(state.new_empty(state.shape[0], *self.shape))
         if self.student:
             jump = lambda x, t, k: student_jump(net, x, t, k, state, level(t, k))
-            x, _ = student_sample(jump, x_T, self.sigmas, self.nfe, noise)
+            x, _ = student_sample(jump, x_T, self.sigmas, self.nfe, cool)
         else:
             denoiser = lambda x, t: denoise(net, x, t, state, level=level(t))
             x, _ = heun_sample(denoiser, x_T, self.sigmas)
-        return decode(x.clamp(-1, 1), self.tables["action"])  # in the action box
+        x = x.clamp(-1, 1)  # in the action box
+        if self.candidates > 1:
+            best = self.reward_model(state, x).reshape(-1, self.candidates).argmax(1)
+            x = x.reshape(-1, self.candidates, *self.shape)[torch.arange(len(best)), best]
+        return decode(x, self.tables["action"])
 
 
 def simulator(env, data):
@@ -904,32 +926,28 @@ def evaluate(act, make_env, episodes=20, first_seed=0):
 
     act: (observations (B, O), B numpy Generators) -> plans (B, H, A), whose first action is carried
     out; B is filled up to a multiple of 16. Episode i has seed first_seed + i, simulator and noise.
-    A return is the sum of the rewards (released: of their running maxima). -> dict of lists, times
+    A return is the sum of the rewards (released: of their running maxima). -> dict of lists
     """
     envs = [make_env() for _ in range(episodes)]
     observations = [env.reset(seed=first_seed + i)[0] for i, env in enumerate(envs)]
     generators = [np.random.default_rng(first_seed + i) for i in range(episodes)]
     returns, lengths, running = [0.0] * episodes, [0] * episodes, list(range(episodes))
-    began = told = time.perf_counter()
-    network_s = 0.0
+    told = time.monotonic()
     while running:
-        asked = time.perf_counter()
-        if asked > told + 10:
-            told = asked
+        if time.monotonic() > told + 10:
+            told = time.monotonic()
             print(f"step {max(lengths)}: {len(running)} of {episodes} episodes go on", flush=True)
         spare = -len(running) % 16  # other batch sizes may round differently
         rows = running + running[:1] * spare
         used = [generators[i] for i in running] + [np.random.default_rng(0)] * spare
         plans = act(np.array([observations[i] for i in rows]), used)
-        network_s += time.perf_counter() - asked
         for i, plan in zip(running.copy(), plans, strict=False):
             observations[i], reward, terminated, truncated, _ = envs[i].step(plan[0])
             returns[i] += float(reward)
             lengths[i] += 1
             if terminated or truncated:
                 running.remove(i)
-    times = {"network_s": network_s, "simulator_s": time.perf_counter() - began - network_s}
-    return {"returns": returns, "lengths": lengths, **times}
+    return {"returns": returns, "lengths": lengths}
 
 
 def normalized_score(env, value):
@@ -942,21 +960,22 @@ def evaluate_and_report(checkpoint, config, out, device="cpu"):
     """Score a checkpoint as config says -> metrics, also as a file named after both."""
     env, data = checkpoint["env"], checkpoint["dataset"]
     n, first = config.episodes, config.first_seed
-    policy = Policy(checkpoint, config, device)
-    method = "RACTD" if checkpoint["config"]["reward_weight"] else "CTD"
-    method = method if policy.student else "teacher"
+    policy = Policy(checkpoint, config, device, out)
+    student = "RACTD" if checkpoint["config"]["reward_weight"] else "CTD"
+    method = student if policy.student else checkpoint["stage"]
     print(f"evaluation: {n} episodes, {policy.calls} network call(s) per plan", flush=True)
     result = evaluate(policy.act, simulator(env, data), n, first)
     mean = float(np.mean(result["returns"]))
     scores = normalized_score(env, np.array([mean, *result["returns"]])).tolist()
     sem = float(np.std(scores[1:], ddof=1) / math.sqrt(n)) if n > 1 else math.nan
     metrics = {"env": env, "dataset": data, "method": method, "weights": weights_id(checkpoint)}
-    metrics |= {"calls": policy.calls, "init_noise": config.init_noise}
-    metrics |= {"episodes": n, "first_seed": first, **result, "return_mean": mean}
+    how = ("episodes", "first_seed", "temperature", "candidates")
+    metrics |= {"calls": policy.calls} | {name: getattr(config, name) for name in how}
+    metrics |= {**result, "return_mean": mean}
     score = {"score_mean": scores[0], "score_sem": sem}
     metrics |= {key: x if math.isfinite(x) else None for key, x in score.items()}  # JSON: no NaN
-    how = "{method}_{weights}_calls{calls}_noise{init_noise}_seeds{first_seed}-{n}"
-    path = out / f"score_{how.format(n=first + n - 1, **metrics)}.json"
+    name = "{method}_{weights}_calls{calls}_N{candidates}_T{temperature:g}_seeds{first_seed}-{n}"
+    path = out / f"score_{name.format(n=first + n - 1, **metrics)}.json"
     with replacing(path) as f:
         f.write(json.dumps(metrics, indent=2).encode())
     print(f"\n{env} on {data['name']} ({data['source']}), {n} episodes from seed {first}")
@@ -964,13 +983,13 @@ def evaluate_and_report(checkpoint, config, out, device="cpu"):
     for label in ("best", "mean"):
         value = data[f"return_{label}"]
         print(f"{f'data, {label} episode':<32}{value:9.0f}{normalized_score(env, value):9.1f}")
-    label = f"{method}, {policy.calls} network call(s)"
+    label = f"{method}, {policy.calls} call(s), N = {config.candidates}"
     print(f"{label:<32}{mean:9.0f}{scores[0]:9.1f}{sem:11.1f}")
     print(f"All numbers: {path}")
     return metrics
 
 
-# ---- 9. The pipeline: data -> teacher, reward model -> student ----------------------------------
+# ---- 10. The pipeline: data -> teacher, reward model -> student ----------------------------------
 
 
 def weights_id(checkpoint):
@@ -987,42 +1006,53 @@ def load_data(run):
     dims = [dataset.observations.shape[1], dataset.actions.shape[1]]
     sizes = [math.prod(space.shape) for space in (env.observation_space, env.action_space)]
     if dims != sizes:
-        found = f"observations of {dims[0]} and actions of {dims[1]} numbers"
-        raise UserError(f"{dataset.name} has {found}, {run.env} {sizes[0]} and {sizes[1]}")
+        raise UserError(f"{dataset.name} has {dims} observations and actions, {run.env} {sizes}")
     batches = Batches(dataset, horizon, run.config.gamma, run.device)
     print(f"{dataset}, {len(batches.starts):,} windows of {horizon} actions", flush=True)
     return batches, meta | {"dims": dims, "normalizer": batches.normalizer}
 
 
 def stage_loss(stage, config, batches, dims, built_on):
-    """(network, loss_fn(net, average)) of a stage; built_on: checkpoints of teacher and reward."""
+    """(network, loss_fn(net, average)) of a stage; built_on: checkpoints of the stages before."""
     distance = pseudo_huber if config.distance == "pseudo-huber" else squared
-    device = batches.obs.device
+    device, sigma = batches.obs.device, config.reward_weight
 
     def teacher_loss(net, _):
-        state, x0 = batches.windows(config.teacher_batch)
+        state, x0 = batches.windows(config.teacher_batch, weights)
         t, noise = lognormal_levels(len(x0), device), torch.randn_like(x0)
         return edm_loss(lambda x, t: denoise(net, x, t, state), x0, t, noise, distance), {}
 
-    def reward_model_loss(net, _):
-        state, action, returns_to_go = batches.transitions(config.reward_batch)
-        return (net(state, action) - returns_to_go).square().mean(), {}
+    def reward_model_loss(net, average):
+        value = average.V if config.reward_target == "td" else None
+        state, plan, target = batches.transitions(config.reward_batch, net.actions, value)
+        R = net(state, plan)
+        error = (R - target).square().mean()
+        log_mean = value_loss(R.detach(), net.V(state), sigma or 1.0)  # 0: CTD needs no V
+        return error + log_mean, {"R": error.detach(), "V": log_mean.detach()}
 
     def student_loss(net, average):
-        state, x0 = batches.windows(config.student_batch)
-        return distillation_loss(net, average, teacher, reward_model, state, x0, config)
+        state, x0 = batches.windows(config.student_batch, weights)
+        gradient = reward_model if weights is None else None  # tilted: without Eq. 8
+        return distillation_loss(net, average, teacher, gradient, state, x0, config)
 
     if stage == "reward":
-        return RewardModel(*dims).to(device), reward_model_loss
-    teacher = make_unet(config, dims).to(device)
+        return RewardModel(*dims, config.reward_actions).to(device), reward_model_loss
+    teacher, weights, reward_model = make_unet(config, dims).to(device), None, None
     if stage == "teacher":
         return teacher, teacher_loss
-    teacher.load_state_dict(built_on["teacher"]["ema"])
-    student, reward_model = make_unet(config, dims, student=True).to(device), None  # None: CTD
+    teacher.load_state_dict(built_on["tilted" if "tilted" in built_on else "teacher"]["ema"])
+    if sigma:
+        reward_model = make_reward_model(built_on["reward"], dims).to(device)
+        if config.tilted_steps:
+            pairs = (batches.rows(t, config.reward_actions) for t in batches.starts.split(4096))
+            rewards = ((reward_model(*pair), reward_model.V(pair[0])) for pair in pairs)
+            weights = torch.cat([tilt(*pair, sigma) for pair in rewards])
+            effective = (weights.sum() ** 2 / weights.square().sum()).item()
+            print(f"tilt: the {len(weights):,} weights are worth {effective:,.0f} equal ones")
+    if stage == "tilted":
+        return teacher, teacher_loss
+    student = make_unet(config, dims, student=True).to(device)
     warm_start(student, teacher.eval().requires_grad_(False))
-    if config.reward_weight:
-        reward_model = RewardModel(*dims).to(device).eval().requires_grad_(False)
-        reward_model.load_state_dict(built_on["reward"]["ema"])
     return student, student_loss
 
 
@@ -1037,13 +1067,14 @@ def check_compatible(path, saved, asked):
 def load_or_train(run, stage, batches, meta, built_on):
     """The finished checkpoint of a stage, from the run's folder or trained now.
 
-    built_on: a student's teacher and reward model. UserError if a file there was made otherwise.
+    built_on: the checkpoints of the stages before. UserError if a file there was made otherwise.
     """
     path = run.out / f"{stage}.pt"
     fields = [f.name for f in dataclasses.fields(Config) if stage in f.metadata["commands"]]
     recipe = {"env": run.env, "data": "{name}, SHA-256 {sha256:.12}".format(**meta["dataset"])}
     recipe |= {name: getattr(run.config, name) for name in fields}
-    recipe |= {name: weights_id(checkpoint) for name, checkpoint in built_on.items()}
+    if stage in ("tilted", "student"):  # the others are trained apart
+        recipe |= {name: weights_id(checkpoint) for name, checkpoint in built_on.items()}
     if path.exists():
         saved = load_checkpoint(path, stage, run.device)
         check_compatible(path, saved["recipe"], recipe)
@@ -1064,25 +1095,26 @@ def train(run):
     if run.command != "distill":
         load_or_train(run, run.command, batches, meta, {})
         return
-    stages = ("teacher", "reward") if run.config.reward_weight else ("teacher",)
-    built_on = {stage: load_or_train(run, stage, batches, meta, {}) for stage in stages}
-    student = load_or_train(run, "student", batches, meta, built_on)
-    evaluate_and_report(student, run.config, run.out, run.device)
+    models, config = {}, run.config
+    wanted = ("teacher", "reward", "tilted") if config.tilted_steps else ("teacher", "reward")
+    for stage in wanted if config.reward_weight else ("teacher",):
+        models[stage] = load_or_train(run, stage, batches, meta, models)
+    student = load_or_train(run, "student", batches, meta, models)
+    evaluate_and_report(student, config, run.out, run.device)
 
 
 def export(run, saved):
     """Write the policy with its normaliser and sampler as one file; torch makes its noise."""
-    policy = Policy(saved, run.config, run.device)
+    policy = Policy(saved, run.config, run.device, run.out)
     example = (torch.zeros(2, saved["dims"][0], device=run.device),)
     program = torch.export.export(policy, example, dynamic_shapes=({0: torch.export.Dim("batch")},))
     path = Path(run.file or run.out / "policy.pt2")
     with replacing(path) as f:
         torch.export.save(program, f)
-    shapes = f"(B, {saved['dims'][0]}) -> plans (B, {policy.shape[0]}, {policy.shape[1]})"
-    print(f"{path}: observations {shapes}, {policy.calls} network call(s)")
+    print(f"{path}: observations (B, O) -> plans (B, H, A), {policy.calls} network call(s)")
 
 
-# ---- 10. Command line ---------------------------------------------------------------------------
+# ---- 11. Command line ---------------------------------------------------------------------------
 
 COMMANDS = {
     "data": "fetch the dataset and print what is in it",
@@ -1113,7 +1145,8 @@ def build_parser():
             text = "paper-losses: Eqs. 4-9 to the letter; paper: the published sizes, too [values]"
             add("--preset", choices=PRESETS, default="default", help=text)
         if command in ("evaluate", "export"):
-            add("--model", choices=("student", "teacher"), default="student", help="who acts")
+            text = "who acts (default: student)"
+            add("--model", choices=("student", "tilted", "teacher"), default="student", help=text)
         if command == "export":
             add("file", nargs="?", help="file to write (default: <out>/policy.pt2)")
         for field in dataclasses.fields(Config):
@@ -1121,8 +1154,6 @@ def build_parser():
                 shown, kind = field.default, {"type": field.type}
                 if field.type is tuple:
                     kind = {"type": int, "nargs": "+"}
-                if field.name == "reward_weight":
-                    shown = f"{shown:g}; --preset paper, paper-losses: as published for --env"
                 text = f"{field.metadata['help']} (default: {shown})"
                 flag = "--" + field.name.replace("_", "-")
                 add(flag, help=text, choices=field.metadata["choices"], **kind)
@@ -1140,8 +1171,7 @@ def make_config(run):
             values[field.name] = tuple(value) if field.type is tuple else value
         value, low, high = values.get(field.name), field.metadata["low"], field.metadata["high"]
         if value is not None and low is not None and not low <= value <= high:
-            flag = "--" + field.name.replace("_", "-")
-            raise UserError(f"{flag} {value}: must be from {low} to {high}")
+            raise UserError(f"--{field.name.replace('_', '-')} {value}: must be in {low} to {high}")
     config = Config(**values)
     if run.command in ("teacher", "distill"):
         with torch.device("meta"):
@@ -1182,8 +1212,8 @@ def main(argv=None):
             path = run.out / f"{run.model}.pt"
             saved = load_checkpoint(path, run.model, run.device)
             check_compatible(path, saved, {"env": run.env})
-            if run.init_noise is None:  # not given: as its preset meant it
-                run.config.init_noise = saved["config"]["init_noise"]
+            if run.temperature is None:  # not given: as its preset meant it
+                run.config.temperature = saved["config"]["temperature"]
             if run.command == "export":
                 export(run, saved)
             else:
