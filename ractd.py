@@ -202,7 +202,8 @@ def load_dataset(env, data=""):
     if path := fetch_d4rl(env):
         return read_hdf5(path, f"{env}-v2", "D4RL")
     if env != "hopper-medium-replay" or not BUNDLED.exists():
-        raise UserError(f"no data for {env}: give --data FILE, or make it: reproduce/collect.py")
+        recipe = f"make it by D4RL's recipe, python -m reproduce.collect --env {env}"
+        raise UserError(f"no data for {env}: put the file there, or give --data FILE, or {recipe}")
     print(f"In its place: {BUNDLED.name}, of one SAC run: not comparable with the paper's.")
     return read_hdf5(BUNDLED, BUNDLED.name, "bundled")
 
@@ -974,7 +975,7 @@ def evaluate_and_report(checkpoint, config, out, device="cpu"):
     metrics |= {**result, "return_mean": mean}
     score = {"score_mean": scores[0], "score_sem": sem}
     metrics |= {key: x if math.isfinite(x) else None for key, x in score.items()}  # JSON: no NaN
-    name = "{method}_{weights}_calls{calls}_N{candidates}_T{temperature:g}_seeds{first_seed}-{n}"
+    name = "{method}_{weights}_calls{calls}_N{candidates}_T{temperature}_seeds{first_seed}-{n}"
     path = out / f"score_{name.format(n=first + n - 1, **metrics)}.json"
     with replacing(path) as f:
         f.write(json.dumps(metrics, indent=2).encode())
@@ -1045,8 +1046,8 @@ def stage_loss(stage, config, batches, dims, built_on):
         reward_model = make_reward_model(built_on["reward"], dims).to(device)
         if config.tilted_steps:
             pairs = (batches.rows(t, config.reward_actions) for t in batches.starts.split(4096))
-            rewards = ((reward_model(*pair), reward_model.V(pair[0])) for pair in pairs)
-            weights = torch.cat([tilt(*pair, sigma) for pair in rewards])
+            R, V = reward_model, reward_model.V
+            weights = torch.cat([tilt(R(*pair), V(pair[0]), sigma) for pair in pairs])
             effective = (weights.sum() ** 2 / weights.square().sum()).item()
             print(f"tilt: the {len(weights):,} weights are worth {effective:,.0f} equal ones")
     if stage == "tilted":

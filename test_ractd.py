@@ -39,8 +39,9 @@ CLOSED_PORT = "http://127.0.0.1:9/"
 TEACHER = f"--horizon=8 --channels=8 --teacher-batch=8 --teacher-steps={STEPS}".split()
 REWARD = f"--horizon=8 --reward-batch=8 --reward-steps={STEPS}".split()
 STUDENT = f"--grid-points=6 --student-batch=8 --student-steps={STEPS} --episodes=3".split()
+STUDENT += [f"--tilted-steps={STEPS}"]
 FLAGS = {"teacher": TEACHER, "reward": REWARD, "distill": [*TEACHER, *REWARD, *STUDENT]}
-STAGES = ("teacher", "reward", "student")
+STAGES = ("teacher", "reward", "tilted", "student")
 
 
 @pytest.fixture(autouse=True)
@@ -408,7 +409,7 @@ def distil(student=None, teacher=1, **config):
     nets = SimpleNamespace(student=student or network(0, True), teacher=network(teacher))
     nets.target = frozen(network(2, True))
     torch.manual_seed(3)
-    nets.R = frozen(ractd.RewardModel(3, 2, (8, 8)))
+    nets.R = frozen(ractd.RewardModel(3, 2, actions=2))
     state, x0 = torch.randn(16, 3), torch.rand(16, 8, 2) - 0.5
     config = Config(**{"grid_points": 10, "reward_weight": 1.0, **config})
     reward_model = nets.R if config.reward_weight else None
@@ -418,8 +419,8 @@ def distil(student=None, teacher=1, **config):
     return loss, info, nets
 
 
-WEIGHTS = {"ctm_weight": 1.0, "dsm_weight": 3.0, "reward_weight": 2.0, "anchor_weight": 5.0}
-PAPER_LOSSES = {"dsm_target": "jump", "distance": "pseudo-huber", "reward_noise": 80.0}
+WEIGHTS = {"ctm_weight": 1.0, "dsm_weight": 3.0, "reward_weight": 2.0}
+PAPER_LOSSES = {"dsm_target": "jump", "distance": "pseudo-huber"}
 
 
 @pytest.mark.parametrize("alone", WEIGHTS)
@@ -447,14 +448,13 @@ def test_the_total_is_eq_9_and_no_loss_depends_on_anothers_weight_but_all_matter
             assert others.keys() == {"ctm", "dsm"}
         total = weights["ctm_weight"] * others["ctm"] + weights["dsm_weight"] * others["dsm"]
         total = total - weights["reward_weight"] * others.get("R", 0)
-        total = total + weights["anchor_weight"] * others.get("anchor", 0)
         assert loss.item() == pytest.approx(total.item(), rel=1e-5)
         for name, value in others.items():
             assert value.item() == pytest.approx(info[name].item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("target", ["denoiser", "jump"])
-def test_dsm_compares_the_denoiser_or_the_jump_to_zero_and_the_reward_sees_the_first_action(
+def test_dsm_compares_the_denoiser_or_the_jump_to_zero_and_the_reward_sees_the_one_call_plan(
     target, monkeypatch
 ):
     calls, seen, original = [], {}, ractd.denoise
@@ -467,37 +467,99 @@ def test_dsm_compares_the_denoiser_or_the_jump_to_zero_and_the_reward_sees_the_f
     monkeypatch.setattr(ractd, "denoise", lambda *a: calls.append(a) or original(*a))
     for name in losses:
         monkeypatch.setattr(ractd, name, functools.partial(record, name))
-    _, _, nets = distil(dsm_target=target, reward_noise=80.0)
-    net, *queries = next(args for args in calls if args[0] is nets.student)
-    _, (x, t, state, k), (x_T, top, _, zero) = zip(*(q.chunk(3) for q in queries), strict=True)
-    assert torch.equal(k, t if target == "denoiser" else zero)
-    assert (zero == torch.tensor(0.02)).all() and (top == 80).all()
-    g = original(net, x, t, state, k)
+    _, _, nets = distil(dsm_target=target)
+    both, reward = ([*args] for args in calls if args[0] is nets.student)
+    _, (x, t, state, k) = zip(*(q.chunk(2) for q in both[1:]), strict=True)
+    assert torch.equal(k, t if target == "denoiser" else torch.full_like(t, 0.02))
+    g = original(nets.student, x, t, state, k)
     prediction, _, level, _ = seen["dsm_loss"]
     expected = g if target == "denoiser" else jump_from(x, g, t, k)
     assert torch.allclose(prediction, expected, atol=1e-5) and torch.equal(level, t)
-    plan = student_jump(net, x_T, top, zero, state)
-    assert torch.allclose(seen["reward_loss"][2], plan[:, 0], atol=1e-5)
+    _, x_T, top, state, zero, _ = reward
+    assert (zero == torch.tensor(0.02)).all() and (top == 80).all()
+    plan = student_jump(nets.student, x_T, top, zero, state)
+    assert torch.allclose(seen["reward_loss"][2], plan, atol=1e-5)
     assert x_T.std().item() == pytest.approx(80, rel=0.2)
 
 
 def test_the_reward_loss_is_minus_the_mean_return_and_has_no_slope_outside_the_box():
-    action = torch.tensor([[0.5, -2.0], [0.1, 0.2]], requires_grad=True)
-    loss = ractd.reward_loss(lambda s, a: 5 * a.sum(1), None, action)
+    plan = torch.tensor([[[0.5, -2.0]], [[0.1, 0.2]]], requires_grad=True)
+    loss = ractd.reward_loss(lambda s, x: 5 * x.sum((1, 2)), None, plan)
     loss.backward()
-    assert action.grad.tolist() == [[-2.5, 0.0], [-2.5, -2.5]] and loss == 0.5
+    assert plan.grad.tolist() == [[[-2.5, 0.0]], [[-2.5, -2.5]]] and loss == 0.5
 
 
-def test_the_anchor_of_gaussian_data_is_a_spring_stiff_where_they_are_narrow():
-    """D(x + s n, s) = c (x + s n), c = sd^2 / (sd^2 + s^2): mean gradient (1 - c) x."""
+def test_the_reward_model_hears_the_state_and_its_first_actions_and_v_the_state_alone():
+    R = ractd.RewardModel(3, 2, actions=2)
+    state, plan = torch.randn(5, 3, requires_grad=True), torch.randn(5, 8, 2, requires_grad=True)
+    assert R(state, plan).shape == R.V(state).shape == (5,)
+    R(state, plan).sum().backward()
+    heard = plan.grad.abs().amax((0, 2)) > 0
+    assert heard.tolist() == [True] * 2 + [False] * 6 and state.grad.abs().min() > 0
+
+
+# ---- the tilt ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma", [0.01, 2.0])
+def test_v_is_the_log_of_the_mean_exponential(sigma):
+    """Of R ~ N(1, 0.5^2): 1 + sigma 0.5^2 / 2, nearly the mean for a small sigma."""
     torch.manual_seed(0)
-    for sd, s in ((0.05, 0.2), (0.5, 0.2)):
-        x = torch.ones(20_000, 1, 1, requires_grad=True)
-        c = sd**2 / (sd**2 + s**2)
-        loss = ractd.anchor_loss(x, lambda x, t, sd=sd: exact(x, t, sd), s)
-        loss.backward()
-        assert x.grad.sum().item() == pytest.approx(1 - c, rel=0.02)
-        assert loss.item() == pytest.approx(((1 - c) ** 2 + (c * s) ** 2) / 2, rel=0.02)
+    R = 1 + 0.5 * torch.randn(400_000)
+    exact = torch.tensor(1 + sigma * 0.5**2 / 2)
+
+    def slope(value):
+        value = value.clone().requires_grad_()
+        ractd.value_loss(R.double(), value.double(), sigma).backward()
+        return value.grad.item()
+
+    assert abs(slope(exact)) < 0.005
+    assert slope(exact - 0.1) < -0.05 and slope(exact + 0.1) > 0.05
+    below = torch.tensor(-1000.0)  # far off V still rises, and not faster for it
+    assert slope(below) == pytest.approx(slope(below - 1000)) and -1e6 < slope(below) < 0
+
+
+def test_weights_are_one_on_average_and_capped():
+    torch.manual_seed(0)
+    R, sigma = 0.3 * torch.randn(400_000), 2.0
+    weights = ractd.tilt(R, torch.tensor(sigma * 0.3**2 / 2), sigma)
+    assert weights.mean().item() == pytest.approx(1, rel=0.01)
+    assert ractd.tilt(torch.tensor(9.0), torch.tensor(0.0), 40.0).item() == pytest.approx(
+        math.exp(5)
+    )
+
+
+def test_gaussian_plans_tilted_by_a_linear_reward_are_shifted_and_as_wide_as_before():
+    """N(0, SD^2) exp(sigma r x) is N(sigma r SD^2, SD^2), and Eq. 4 asks for its denoiser."""
+    torch.manual_seed(0)
+    x, slope, sigma = SD * torch.randn(200_000, 1, 1), 2.0, 1.5
+    R, V = slope * x.flatten(), sigma * slope**2 * SD**2 / 2
+    weights = ractd.tilt(R, torch.tensor(V), sigma)
+    drawn = x[torch.multinomial(weights, 200_000, replacement=True)]
+    mean = sigma * slope * SD**2
+    assert drawn.mean().item() == pytest.approx(mean, abs=0.005)
+    assert drawn.std().item() == pytest.approx(SD, rel=0.02)
+    t, noise = torch.full((200_000,), 0.4), torch.randn_like(drawn)
+
+    def loss(mean):
+        return ractd.edm_loss(lambda x, t: mean + exact(x - mean, t), drawn, t, noise)
+
+    assert loss(mean) < loss(mean + 0.05) and loss(mean) < loss(mean - 0.05) < loss(0.0)
+
+
+def test_windows_are_drawn_by_their_weights():
+    torch.manual_seed(0)
+    _, ends, _, rewards = episodes(4)
+    rows, at_end = np.arange(len(rewards))[:, None], np.isin(range(len(rewards)), ends)
+    data = ractd.Dataset("d", "file", [rows, rows, rewards, 0 * at_end, at_end])
+    batches = ractd.Batches(data, horizon=4)
+    weights = torch.zeros(len(batches.starts))
+    weights[3], weights[7] = 1.0, 3.0
+    state, _ = batches.windows(4000, weights)
+    row = ractd.decode(state, batches.normalizer["obs"])[:, 0].round().long()
+    share = (row == batches.starts[7]).float().mean().item()
+    assert share == pytest.approx(0.75, abs=0.03)
+    assert ((row == batches.starts[7]) | (row == batches.starts[3])).all()
 
 
 def test_sampling_takes_nfe_calls_and_restarts_at_grid_indices_27_and_54():
@@ -524,54 +586,69 @@ def test_teacher_and_ctd_keep_two_unequal_modes_and_ractd_moves_to_the_good_one(
     """
     torch.manual_seed(0)
     size = {"channels": (32,), "kernel": 1, "patch": 16, "teacher_warmup": 50, "student_warmup": 50}
-    size |= {"teacher_steps": 600, "student_steps": 600, "student_lr": 2e-3}
-    size |= {"reward_steps": 300, "target_decay": 0.9, "reward_noise": 80.0}
+    size |= {"teacher_steps": 600, "student_steps": 600, "student_lr": 2e-3, "tilted_steps": 300}
+    size |= {"reward_steps": 300, "target_decay": 0.9}
     config, batch, n, grid = Config(**size), 128, 1000, ractd.karras_sigmas(20)
     state, states, z = torch.zeros(batch, 1), torch.zeros(n, 1), torch.randn(n, 16, 1)
 
-    def draw():
-        mode = torch.where(torch.rand(batch) < 0.3, 1.0, -1.0)
-        return 0.6 * expand(mode) + 0.1 * torch.randn(batch, 16, 1), mode
+    def draw(weights=None):
+        mode = torch.where(torch.rand(16 * batch) < 0.3, 1.0, -1.0)
+        x0 = 0.6 * expand(mode) + 0.1 * torch.randn(16 * batch, 16, 1)
+        if weights is None:
+            return x0[:batch], mode[:batch]
+        drawn = torch.multinomial(weights(x0), batch, replacement=True)
+        return x0[drawn], mode[drawn]
 
-    def train(stage, net, loss_fn, config=config):
-        path = tmp_path / f"{stage}{config.reward_weight}.pt"
-        ractd.fit(stage, net, loss_fn, config, path, {})
-        net.load_state_dict(torch.load(path)["ema"])
+    def train(name, stage, net, loss_fn):
+        ractd.fit(stage, net, loss_fn, config, tmp_path / f"{name}.pt", {})
+        net.load_state_dict(torch.load(tmp_path / f"{name}.pt")["ema"])
         return frozen(net)
 
-    def teacher_loss(net, _):
-        x0, _ = draw()
+    def teacher_loss(net, _, weights=None):
+        x0, _ = draw(weights)
         t, noise = ractd.lognormal_levels(batch), torch.randn_like(x0)
         return ractd.edm_loss(lambda x, t: denoise(net, x, t, state), x0, t, noise), {}
 
     def reward_model_loss(net, _):
         x0, go = draw()
-        return (net(state, x0[:, 0]) - go).square().mean(), {}
+        reward = net(state, x0)
+        log_mean = ractd.value_loss(reward.detach(), net.V(state), config.reward_weight)
+        return (reward - go).square().mean() + log_mean, {}
 
-    teacher = train("teacher", ractd.make_unet(config, (1, 1)), teacher_loss)
-    R = train("reward", ractd.RewardModel(1, 1, (32, 32)), reward_model_loss)
-    samples = [ractd.heun_sample(lambda x, t: denoise(teacher, x, t, states), 80 * z, grid)[0]]
-    for weight in (0.0, 2.0):
-        settings = Config(**size, reward_weight=weight)
-        student = ractd.make_unet(settings, (1, 1), student=True)
-        ractd.warm_start(student, teacher)
+    def weights(x0):
+        state = torch.zeros(len(x0), 1)
+        return ractd.tilt(R(state, x0), R.V(state), config.reward_weight)
 
-        def student_loss(net, target, settings=settings):
-            reward_model = R if settings.reward_weight else None
-            x0, _ = draw()
-            return ractd.distillation_loss(net, target, teacher, reward_model, state, x0, settings)
+    teacher = train("teacher", "teacher", ractd.make_unet(config, (1, 1)), teacher_loss)
+    R = train("reward", "reward", ractd.RewardModel(1, 1, actions=4), reward_model_loss)
+    tilted = ractd.make_unet(config, (1, 1))
+    tilted.load_state_dict(teacher.state_dict())
+    tilted = train("tilted", "tilted", tilted, functools.partial(teacher_loss, weights=weights))
+    samples = [
+        ractd.heun_sample(lambda x, t, net=net: denoise(net, x, t, states), 80 * z, grid)[0]
+        for net in (teacher, tilted)
+    ]
+    for name, solver, how in (("CTD", teacher, None), ("RACTD", tilted, weights)):
+        student = ractd.make_unet(config, (1, 1), student=True)
+        ractd.warm_start(student, solver)
 
-        actor = train("student", student, student_loss, settings)
-        x, _ = ractd.student_sample(
-            lambda x, t, k, net=actor: student_jump(net, x, t, k, states), 80 * z, grid
-        )
-        samples.append(x)
+        def student_loss(net, target, solver=solver, how=how):
+            x0, _ = draw(how)
+            return ractd.distillation_loss(net, target, solver, None, state, x0, config)
+
+        actor = train(name, "student", student, student_loss)
+        for nfe in (1, 2):
+            x, _ = ractd.student_sample(
+                lambda x, t, k, net=actor: student_jump(net, x, t, k, states), 80 * z, grid, nfe
+            )
+            samples.append(x)
     mean = torch.stack([x.mean((1, 2)) for x in samples])
     good, between = ((m.float().mean(1).tolist()) for m in (mean > 0.4, mean.abs() < 0.4))
-    first = [((x[:, 0] > 0.3) & (x[:, 0] < 1.1)).float().mean().item() for x in samples]
-    assert 0.2 < good[0] < 0.4 and between[0] < 0.05, (good, between)
-    assert 0.15 < good[1] < 0.45 and between[1] < 0.15, (good, between)
-    assert first[1] < 0.5 and first[2] > 0.9, first
+    for i in (0, 2, 3):  # teacher, CTD by one call and two
+        assert 0.15 < good[i] < 0.45 and between[i] < 0.15, (good, between)
+    for i in (1, 4, 5):  # tilted teacher, RACTD by one call and two
+        assert good[i] > 0.95 and between[i] < 0.05, (good, between)
+        assert 0.5 < mean[i].mean() < 0.7 and samples[i].std() < 0.2  # where the data are
 
 
 # ---- data --------------------------------------------------------------------------------------
@@ -623,12 +700,45 @@ def test_batches_stay_inside_an_episode_and_reach_every_row():
     assert set(row) == set(ractd.window_starts(data.begins, data.ends, 4))
     assert (x0[:, :, 0] == row[:, None] + range(4)).all()
     assert (x0[:, :, 1] == episode[row][:, None]).all()
-    state, action, go = batches.transitions(5000)
-    row = ractd.decode(action, where["action"])[:, 0].round().long().numpy()
+    state, plan, go = batches.transitions(5000, 3)
+    plan = ractd.decode(plan, where["action"])[:, :, 0].round().long().numpy()
+    row = plan[:, 0]
     assert set(row) == set(range(n))
+    last = ends[episode[row]][:, None]
+    assert (plan == np.minimum(row[:, None] + range(3), last)).all()  # the last action repeated
     assert (ractd.decode(state, where["obs"])[:, 0].round().numpy() == row).all()
     truth = ractd.returns_to_go(data.rewards, data.begins, data.ends, data.terminated)[row]
     assert np.allclose(ractd.decode(go[:, None], where["return"])[:, 0], truth, atol=1e-3)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_td_targets_equal_brute_force_and_no_episode_is_followed_by_the_next(n):
+    """n rewards and V of the row after them; within n of the end the return-to-go stays."""
+    torch.manual_seed(0)
+    begins, ends, terminated, rewards = episodes(4)
+    rows, last = np.arange(len(rewards)), np.repeat(ends, ends - begins + 1)
+    at_end, fell = np.isin(rows, ends), np.isin(rows, ends[terminated])
+    rewards = rewards.astype(np.float32)
+    data = ractd.Dataset("d", "file", [rows[:, None], rows[:, None], rewards, fell, at_end & ~fell])
+    batches = ractd.Batches(data, horizon=4, gamma=0.9)
+    where = batches.normalizer
+
+    def value(state):  # of row i, in the rewards' unit: 5 + i
+        row = ractd.decode(state, where["obs"])
+        return ractd.encode(5 + row, where["return"]).squeeze(1)
+
+    state, _, target = batches.transitions(3000, n, value)
+    row = ractd.decode(state, where["obs"])[:, 0].round().long().numpy()
+    found = ractd.decode(target[:, None], where["return"])[:, 0].numpy()
+    go = ractd.returns_to_go(rewards, begins, ends, terminated, 0.9)
+    for t, target in zip(row, found, strict=True):
+        if t + n > last[t]:
+            expected = go[t]
+        else:
+            steps = sum(0.9**i * rewards[t + i] for i in range(n))
+            expected = steps + 0.9**n * (5 + t + n)
+        assert target == pytest.approx(expected, abs=2e-3)
+    assert set(row) == set(rows)
 
 
 def make_minari(name, rows, ends, env="Hopper-v4"):
@@ -801,8 +911,8 @@ SIGMA = {
 
 @pytest.mark.parametrize("env", SIGMA)
 def test_the_papers_presets_have_its_losses_and_its_sigma_for_each_task(env, monkeypatch):
-    losses = {"distance": "pseudo-huber", "dsm_target": "jump", "anchor_weight": 0.0}
-    losses |= {"reward_noise": 80.0, "init_noise": 80.0, "reward_weight": SIGMA[env]}
+    losses = {"distance": "pseudo-huber", "dsm_target": "jump", "tilted_steps": 0}
+    losses |= {"reward_actions": 1, "temperature": 1.0, "reward_weight": SIGMA[env]}
     assert sorted(ractd.ENVS) == sorted(SIGMA)
     assert configured(monkeypatch, env=env) == Config()
     assert configured(monkeypatch, "--preset=paper-losses", env=env) == Config(**losses)
@@ -831,27 +941,49 @@ def test_the_papers_presets_have_its_losses_and_its_sigma_for_each_task(env, mon
 
 
 def test_an_explicit_flag_beats_the_preset_and_the_rest_stays(monkeypatch):
-    flags = ["--distance=squared", "--reward-weight=3", "--init-noise=1", "--channels", "8", "16"]
+    flags = ["--distance=squared", "--reward-weight=3", "--temperature=2", "--channels", "8", "16"]
     expected = ractd.PAPER_LOSSES | {"distance": "squared", "reward_weight": 3.0}
-    expected |= {"init_noise": 1.0, "channels": (8, 16)}
+    expected |= {"temperature": 2.0, "channels": (8, 16)}
     assert configured(monkeypatch, "--preset=paper-losses", *flags) == Config(**expected)
 
 
 def test_the_papers_losses_train_and_act_end_to_end(trained):
     where = [f"--data={trained.data}", "--out=new", "--preset=paper-losses"]
-    assert cli("distill", *where, *FLAGS["distill"]) == 0
-    assert metrics("new")["init_noise"] == 80
-    config = torch.load("new/student.pt")["config"]
-    assert config["distance"] == "pseudo-huber" and config["reward_weight"] == 1.0
+    flags = [flag for flag in FLAGS["distill"] if "tilted" not in flag]
+    assert cli("distill", *where, *flags) == 0
+    assert metrics("new")["temperature"] == 1 and not Path("new/tilted.pt").exists()
+    saved = torch.load("new/student.pt")
+    assert saved["config"]["distance"] == "pseudo-huber" and saved["config"]["reward_weight"] == 1.0
+    assert saved["log"][-1].keys() >= {"ctm", "dsm", "R"}  # Eq. 8 is among the losses
     assert cli("evaluate", "--out=new", "--episodes=3") == 0  # acts as its preset meant it
     assert len(list(Path("new").glob("score_*.json"))) == 1
-    assert cli("evaluate", "--out=new", "--episodes=3", "--init-noise=1") == 0
+    assert cli("evaluate", "--out=new", "--episodes=3", "--temperature=0.5") == 0
     assert len(list(Path("new").glob("score_*.json"))) == 2
+
+
+def test_without_reward_weight_there_is_neither_reward_model_nor_tilt(trained):
+    where = [f"--data={trained.data}", "--out=new", "--reward-weight=0"]
+    assert cli("distill", *where, *FLAGS["distill"]) == 0
+    assert metrics("new")["method"] == "CTD"
+    assert sorted(path.stem for path in Path("new").glob("*.pt")) == ["student", "teacher"]
+
+
+@pytest.mark.parametrize("target", ["return-to-go", "td"])
+def test_the_reward_target_changes_the_reward_model_and_is_part_of_its_recipe(
+    target, run, trained, capsys
+):
+    _, give = run
+    assert give("reward", f"--reward-target={target}", out="new") == 0
+    same = same_weights("new/reward.pt", trained.out / "reward.pt")
+    assert same == (target == "return-to-go")
+    if not same:
+        refused(capsys, give("reward", f"--reward-target={target}"), "reward_target", "reward.pt")
 
 
 IGNORED = """data --student-lr=3, data --seed=1, data --out=x, data --device=cpu, data --preset=paper,
     teacher --reward-steps=5, teacher --episodes=3, teacher --nfe=2, teacher --reward-weight=1,
-    reward --channels=8, reward --distance=squared, reward --student-lr=1, reward --init-noise=1,
+    reward --channels=8, reward --distance=squared, reward --student-lr=1, reward --temperature=1,
+    reward --tilted-steps=1, teacher --tilted-steps=1, export --candidates=4,
     distill --model=teacher, distill --teacher-points=5,
     evaluate --teacher-lr=1, evaluate --horizon=8, evaluate --data=x, evaluate --seed=1,
     evaluate --preset=paper, export --episodes=3, export --first-seed=1,
@@ -869,7 +1001,8 @@ BAD_FLAGS = """--channels=0 --channels=9999 --channels=a --kernel=4 --horizon=10
     --patch=0 --gamma=1 --gamma=nan --blocks=0 --teacher-steps=0 --teacher-lr=-1
     --teacher-warmup=-1 --reward-batch=0 --grid-points=2 --episodes=0 --nfe=0 --nfe=x --nfe=81
     --seed=-1 --seed=99999999999999999999 --target-decay=2
-    --init-noise=nan --reward-noise=-1 --reward-weight=-2 --anchor-weight=inf --dsm-target=x
+    --temperature=nan --reward-actions=0 --reward-weight=-2 --tilted-steps=-1 --dsm-target=x
+    --candidates=0 --reward-target=x
     --distance=x --first-seed=-1 --device=cuda:99 --device=x --horizn=8 --preset=x"""
 
 
@@ -897,7 +1030,7 @@ def test_end_to_end_leaves_every_promised_file_and_number(trained):
         rows = list(map(json.loads, (trained.out / f"{stage}.jsonl").open()))
         steps = [row["step"] for row in rows]
         assert steps == sorted(set(steps)) and steps[-1] == rows[-1]["steps"] == STEPS
-    assert rows[-1].keys() >= {"loss", "ctm", "dsm", "R", "anchor", "grad"}
+    assert rows[-1].keys() >= {"loss", "ctm", "dsm", "grad"}
     assert "not D4RL's file" in trained.text
 
 
@@ -910,9 +1043,9 @@ def test_a_finished_run_is_not_trained_again_and_repeats_its_returns(run, monkey
 
 def test_two_different_evaluations_never_share_a_file_and_the_same_one_does(run, monkeypatch):
     out, give = run
-    noise, teacher = "--init-noise=1", "--model=teacher"
+    noise, teacher = "--temperature=1", "--model=teacher"
     different = [[], [noise], [f"{noise}.0000001"], ["--nfe=2"], ["--nfe=20"]]
-    different += [["--first-seed=1"], ["--episodes=4"]]
+    different += [["--first-seed=1"], ["--episodes=4"], ["--candidates=3"], ["--model=tilted"]]
     different += [[teacher], [teacher, "--teacher-points=5"], [teacher, noise]]
     config = torch.load(out / "student.pt")["config"]  # those are the command line's
     rewrite(out / "student.pt", config=config | {"first_seed": 50, "episodes": 7, "nfe": 3})
@@ -972,7 +1105,7 @@ def test_ctrl_c_saves_and_exits_with_130_and_the_command_goes_on_to_the_same_bit
     trained, run, monkeypatch, capsys, stage, call
 ):
     out, give = run
-    path, command = out / f"{stage}.pt", "distill" if stage == "student" else stage
+    path, command = out / f"{stage}.pt", stage if stage in FLAGS else "distill"
     path.unlink()
     calls, train_step, handler = [], ractd.train_step, signal.getsignal(signal.SIGINT)
 
@@ -1072,14 +1205,22 @@ def test_in_a_real_run_all_but_the_student_is_frozen_and_the_averages_are_used(r
         return loss(student, target, teacher, *others)
 
     monkeypatch.setattr(ractd, "distillation_loss", record)
+
+    def holds(net, stage):
+        average = torch.load(out / f"{stage}.pt")["ema"]
+        same = all(torch.equal(x, average[name]) for name, x in net.state_dict().items())
+        frozen = not net.training and not any(p.requires_grad for p in net.parameters())
+        return same and frozen
+
     assert give("distill") == 0
     student, target, teacher, reward_model = seen[0][:4]
-    for net in (target, teacher, reward_model):
-        assert not net.training and not any(p.requires_grad for p in net.parameters())
+    assert not target.training and not any(p.requires_grad for p in target.parameters())
     assert student.training and all(p.requires_grad for p in student.parameters())
-    for stage, net in (("teacher", teacher), ("reward", reward_model)):
-        average = torch.load(out / f"{stage}.pt")["ema"]
-        assert all(torch.equal(x, average[name]) for name, x in net.state_dict().items())
+    assert holds(teacher, "tilted") and reward_model is None  # the tilt takes Eq. 8's place
+    seen.clear()
+    (out / "student.pt").unlink()
+    assert give("distill", "--tilted-steps=0") == 0
+    assert holds(seen[0][2], "teacher") and holds(seen[0][3], "reward")
     (out / "student.pt").unlink()
     assert give("distill", "--reward-weight=0") == 0 and seen[-1][3] is None  # CTD
     assert {json.loads(path.read_text())["method"] for path in out.glob("score_*")} == {
@@ -1106,10 +1247,10 @@ def test_a_full_disk_loses_nothing(run, monkeypatch, capsys):
     next(out.glob("score_*")).unlink()
     (out / "teacher.pt").rename(out / "kept.pt")
 
-    def full(_):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ractd.os, "fsync", full)
+    monkeypatch.setattr(ractd.os, "replace", full)
     refused(capsys, give("teacher"), "No space left")
     (out / "kept.pt").rename(out / "teacher.pt")
     refused(capsys, give("distill"), "No space left")
@@ -1151,7 +1292,7 @@ def test_what_a_policy_keeps_between_calls_changes_no_action(trained, stage):
     checkpoint = ractd.load_checkpoint(trained.out / f"{stage}.pt", stage)
     del checkpoint["net"]  # it is the averaged weights that act
     for nfe in (1, 3):
-        policy = ractd.Policy(checkpoint, Config(nfe=nfe, teacher_points=5, init_noise=7.0))
+        policy = ractd.Policy(checkpoint, Config(nfe=nfe, teacher_points=5, temperature=0.5))
         net, tables = policy.net, checkpoint["normalizer"]
         observations, z = torch.randn(5, 11), torch.randn(5, 8, 3)
         state = ractd.encode(observations, tables["obs"])
@@ -1166,14 +1307,14 @@ def test_what_a_policy_keeps_between_calls_changes_no_action(trained, stage):
                 return student_jump(net, x, many(t), many(k), state)
 
             grid = ractd.karras_sigmas(6)
-            x, _ = ractd.student_sample(jump, 7 * z, grid, nfe, lambda _, z=z: z)
+            x, _ = ractd.student_sample(jump, 40 * z, grid, nfe, lambda _, z=z: z / 2)
         else:
             assert policy.calls == 7
 
             def denoiser(x, t, net=net, state=state, many=many):
                 return denoise(net, x, many(t), state)
 
-            x, _ = ractd.heun_sample(denoiser, 7 * z, ractd.karras_sigmas(5))
+            x, _ = ractd.heun_sample(denoiser, 40 * z, ractd.karras_sigmas(5))
         expected = ractd.decode(x.clamp(-1, 1), tables["action"])
         for _ in range(2):
             with torch.no_grad():
@@ -1189,6 +1330,35 @@ def test_what_a_policy_keeps_between_calls_changes_no_action(trained, stage):
                 plans = policy(observations, lambda _, rows=rows: torch.from_numpy(rows))
             acted = policy.act(observations.numpy(), generators())
             assert np.abs(plans.numpy() - acted).max() < 1e-6
+
+
+@pytest.mark.parametrize("stage", ["student", "tilted"])
+def test_of_several_candidates_the_one_that_r_likes_best_acts(trained, stage):
+    checkpoint = ractd.load_checkpoint(trained.out / f"{stage}.pt", stage)
+    R = torch.load(trained.out / "reward.pt")
+    net = ractd.RewardModel(11, 3, R["config"]["reward_actions"])
+    net.load_state_dict(R["ema"])
+    how = {"teacher_points": 5, "temperature": 1.0}
+    one = ractd.Policy(checkpoint, Config(**how))
+    four = ractd.Policy(checkpoint, Config(**how, candidates=4), out=trained.out)
+    observations, z = torch.randn(6, 11), torch.randn(6, 4, 8, 3)
+    with torch.no_grad():
+        chosen = four(observations, lambda _: z.flatten(0, 1))
+        plans = torch.stack([one(observations, lambda _, i=i: z[:, i]) for i in range(4)], 1)
+        tables = checkpoint["normalizer"]
+        state = ractd.encode(observations, tables["obs"]).repeat_interleave(4, 0)
+        values = net(state, ractd.encode(plans, tables["action"]).flatten(0, 1)).reshape(6, 4)
+    assert len(set(values.argmax(1).tolist())) > 1  # else the test could not fail
+    best = plans[torch.arange(6), values.argmax(1)]
+    assert torch.allclose(chosen, best, atol=1e-5)
+    acted = four.act(observations.numpy(), [np.random.default_rng(i) for i in range(6)])
+    assert acted.shape == (6, 8, 3)
+
+
+def test_candidates_without_a_reward_model_are_refused(run, capsys):
+    out, _ = run
+    (out / "reward.pt").unlink()
+    refused(capsys, cli("evaluate", f"--out={out}", "--candidates=2"), "reward.pt")
 
 
 class World:
@@ -1250,8 +1420,8 @@ def test_the_normalised_score_has_d4rls_reference_points(env, value, score):
 def test_an_exported_policy_acts_the_same_without_this_program(run):
     out, _ = run
     options = {
-        "student": {"nfe": 2, "init_noise": 80.0},
-        "teacher": {"teacher_points": 3, "init_noise": 9.0},
+        "student": {"nfe": 2, "temperature": 1.0},
+        "teacher": {"teacher_points": 3, "temperature": 0.1},
     }
     torch.save(torch.randn(5, 11), "observations.pt")
     for model, how in options.items():
@@ -1300,8 +1470,8 @@ BAD_ROWS = {
         actions=np.full((133, 3), b"x")
     ),
     "rewards is NaN or infinite in row 7": lambda rows: rows["rewards"].put(7, math.nan),
-    "observations of 9": lambda rows: rows.update(observations=rows["observations"][:, :9]),
-    "actions of 2 numbers": lambda rows: rows.update(actions=rows["actions"][:, :2]),
+    "[9, 3] observations": lambda rows: rows.update(observations=rows["observations"][:, :9]),
+    "[11, 2] observations and actions": lambda rows: rows.update(actions=rows["actions"][:, :2]),
     "--horizon 8": lambda rows: rows.update(terminals=np.arange(133) % 5 == 4),
     "no episode ends": lambda rows: rows.update(terminals=np.zeros(133), timeouts=np.zeros(133)),
     "has shape (0,": lambda rows: rows.update({key: x[:0] for key, x in rows.items()}),
@@ -1360,8 +1530,10 @@ def test_a_student_of_another_teacher_or_reward_model_is_refused(run, stage, cap
     other = [f"--{stage}-lr=1e-4"]
     assert give(stage, *other) == 0
     refused(
-        capsys, give("distill", *other), f"{stage}: {weights} in the file", "student.pt", "delete"
+        capsys, give("distill", *other), f"{stage}: {weights} in the file", "tilted.pt", "delete"
     )
+    (out / "tilted.pt").unlink()
+    refused(capsys, give("distill", *other), "tilted: ", "student.pt", "delete")
     (out / "student.pt").unlink()
     assert give("distill", *other) == 0
 
@@ -1374,14 +1546,14 @@ def test_data_that_were_edited_are_not_the_same_data(run, tmp_path, trained, cap
     refused(capsys, give("distill", data=data), "data: log.hdf5", "delete")
 
 
-def test_a_checkpoint_of_another_version_is_called_older_or_newer_and_not_damaged(run, capsys):
+def test_a_checkpoint_of_another_version_is_called_so_and_not_damaged(run, capsys):
     out, give = run
     for stage, command in (("student", "evaluate"), ("teacher", "distill"), ("reward", "reward")):
-        for version, word in ((None, "older version"), (1, "older"), (99, "newer version")):
+        for version in (None, 1, 99):
             rewrite(out / f"{stage}.pt", format=version)
             code = cli(command, f"--out={out}") if command == "evaluate" else give(command)
             err = capsys.readouterr().err
-            assert code == 2 and word in err and str(out / f"{stage}.pt") in err
+            assert code == 2 and "another version" in err and str(out / f"{stage}.pt") in err
             assert "damaged" not in err and "delete" in err
         rewrite(out / f"{stage}.pt", format=ractd.FORMAT)
     assert give("distill") == 0

@@ -9,8 +9,6 @@ repeated. Writes <out>/ablate_<what>.json and .png and prints the table.
 import dataclasses
 import sys
 
-import torch
-
 import ractd
 from reproduce.common import (
     COLORS,
@@ -32,14 +30,14 @@ PAPER = "paper, on D4RL's hopper-medium-replay"
 class Row:
     """One row: label, changes of Config, the paper's score if it has one.
 
-    actor: "student" or "teacher", who acts; teacher: "plain", or "reward" for `reward_teacher`.
+    actor: who acts, "student", "teacher" or "tilted"; teacher: the student's, "" for the usual one.
     """
 
     label: str
     changes: dict = dataclasses.field(default_factory=dict)
     paper: float | None = None
     actor: str = "student"
-    teacher: str = "plain"
+    teacher: str = ""
 
 
 def ablations(config):
@@ -48,21 +46,20 @@ def ablations(config):
     The reward weights are multiples of the Config's own, as the paper's are of 1.
     """
     sigma, ctd = config.reward_weight, {"reward_weight": 0.0}
+    gradient = {"tilted_steps": 0, "reward_actions": 1, "reward_weight": 0.5}  # as published
     return {
         "reward-stage": [
             Row("teacher plain, student plain (CTD)", ctd, 50.8),
-            Row("teacher with reward, student plain", ctd, 109.5, teacher="reward"),
-            Row("teacher with reward, student with reward", {}, 96.0, teacher="reward"),
-            Row("teacher plain, student with reward (RACTD)", {}, 109.5),
+            Row("teacher tilted, student plain", ctd, 109.5, teacher="tilted"),
+            Row("teacher tilted, student tilted (RACTD)", {}, 96.0),
+            Row("teacher plain, student tilted", {}, 109.5, teacher="teacher"),
+            Row("Eq. 8 in place of the tilt, its sigma 0.5", gradient, 109.5),
         ],
         "reward-weight": [
             Row("no reward (CTD)", ctd, 50.8),
             Row("0.1 of the default sigma", {"reward_weight": 0.1 * sigma}),
-            Row("0.3 of the default sigma", {"reward_weight": 0.3 * sigma}),
             Row("0.5 of the default sigma", {"reward_weight": 0.5 * sigma}),
-            Row("0.7 of the default sigma", {"reward_weight": 0.7 * sigma}, 108.4),
             Row("the default sigma", {}, 109.5),
-            Row("1.5 of the default sigma", {"reward_weight": 1.5 * sigma}, 50.5),
             Row("2 of the default sigma", {"reward_weight": 2.0 * sigma}, 17.0),
         ],
         "losses": [
@@ -70,76 +67,38 @@ def ablations(config):
             Row("without CTM", {"ctm_weight": 0.0}),
             Row("without DSM", {"dsm_weight": 0.0}, 1.5),
             Row("without reward (CTD)", ctd, 50.8),
-            Row("without the anchor", {"anchor_weight": 0.0}),
             Row("DSM of G(x_t, t, 0), Eq. 7", {"dsm_target": "jump"}),
+        ],
+        "reward-target": [
+            Row("return-to-go, of 4 actions", {}),
+            Row("return-to-go, of 1 action (paper)", {"reward_actions": 1}),
+            Row("td, of 4 actions", {"reward_target": "td"}),
         ],
         "nfe": [
             Row("1 network call", {"nfe": 1}, 109.5),
             Row("2 network calls", {"nfe": 2}, 109.8),
             Row("4 network calls", {"nfe": 4}, 107.9),
         ],
-        "init-noise": [
-            Row(f"{actor}, noise {scale:g}", {"init_noise": scale}, actor=actor)
-            for actor in ("teacher", "student")
-            for scale in (1.0, 5.0, 20.0, 80.0)
+        "candidates": [
+            Row(f"{label}, best of {n} by R", changes | {"candidates": n})
+            for label, changes in (("CTD", ctd), ("RACTD", {}))
+            for n in (1, 4, 16)
+        ],
+        "temperature": [
+            Row(f"{actor}, temperature {scale:g}", {"temperature": scale}, actor=actor)
+            for actor in ("teacher", "tilted", "student")
+            for scale in (0.1, 0.25, 0.5, 1.0)
         ],
     }
 
 
-def reward_teacher(experiment):
-    """The teacher's checkpoint, fine-tuned on Eq. 4 + sigma Eq. 8 for as long as a student is.
-
-    R sees the first action of D(x_t, t), the estimate of the clean plan that Eq. 4 makes anyway.
-    """
-    run, batches, meta = experiment.run, experiment.batches, experiment.meta
-    teacher, reward = (experiment.model(stage) for stage in ("teacher", "reward"))
-    schedule = ("steps", "lr", "warmup")
-    tuned = {f"teacher_{name}": getattr(run.config, f"student_{name}") for name in schedule}
-    config = dataclasses.replace(run.config, **tuned)
-    distance = ractd.pseudo_huber if config.distance == "pseudo-huber" else ractd.squared
-    net = ractd.make_unet(config, meta["dims"]).to(run.device)
-    net.load_state_dict(teacher["ema"])
-    reward_model = ractd.RewardModel(*meta["dims"]).to(run.device)
-    reward_model.load_state_dict(reward["ema"])
-    reward_model.eval().requires_grad_(False)
-
-    def loss_fn(net, _):
-        state, x0 = batches.windows(config.teacher_batch)
-        estimates = []
-
-        def denoiser(x, t):
-            estimates.append(ractd.denoise(net, x, t, state))
-            return estimates[0]
-
-        t, noise = ractd.lognormal_levels(len(x0), run.device), torch.randn_like(x0)
-        plain = ractd.edm_loss(denoiser, x0, t, noise, distance)
-        reward = ractd.reward_loss(reward_model, state, estimates[0][:, 0])
-        info = {"edm": plain.detach(), "R": -reward.detach()}
-        return plain + config.reward_weight * reward, info
-
-    built_on = {"teacher": ractd.weights_id(teacher), "reward": ractd.weights_id(reward)}
-    recipe = tuned | built_on | {"batch": config.teacher_batch, "seed": config.seed}
-    recipe |= {"reward_weight": config.reward_weight}
-    path = run.out / "variants" / "reward-teacher" / "teacher.pt"
-    if path.exists():
-        saved = ractd.load_checkpoint(path, "teacher", run.device)
-        ractd.check_compatible(path, saved["recipe"], recipe)
-    torch.manual_seed(config.seed)
-    meta = {**meta, "recipe": recipe, "config": dataclasses.asdict(config)}
-    ractd.fit("teacher", net, loss_fn, config, path, meta)
-    return ractd.load_checkpoint(path, "teacher", run.device)
-
-
 def measure(experiment, row):
     """The metrics of one row, its models trained if they are not there."""
-    if row.actor == "teacher":
-        return experiment.score(experiment.model("teacher", row.changes), row.changes)
-    if row.teacher == "reward":
-        teacher = reward_teacher(experiment)
-        student = experiment.student(row.changes, teacher, "reward-teacher")
-    else:
-        student = experiment.student(row.changes)
-    return experiment.score(student, row.changes)
+    if row.actor != "student":
+        return experiment.score(experiment.model(row.actor, row.changes), row.changes)
+    teacher = experiment.model(row.teacher) if row.teacher else None
+    name = f"teacher={row.teacher}" if row.teacher else ""
+    return experiment.score(experiment.student(row.changes, teacher, name), row.changes)
 
 
 def ablate(run):

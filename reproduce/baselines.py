@@ -44,9 +44,7 @@ def episodes_of(dataset):
     terminals, timeouts = np.zeros((2, len(dataset.rewards)), np.float32)
     terminals[dataset.ends[dataset.terminated]] = 1
     timeouts[dataset.ends[~dataset.terminated]] = 1
-    return MDPDataset(
-        dataset.observations, dataset.actions, dataset.rewards, terminals, timeouts
-    )
+    return MDPDataset(dataset.observations, dataset.actions, dataset.rewards, terminals, timeouts)
 
 
 def baseline(run):

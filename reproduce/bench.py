@@ -38,6 +38,8 @@ SAMPLERS = {
     "student_1": ("student", {"nfe": 1}),
     "student_2": ("student", {"nfe": 2}),
     "student_4": ("student", {"nfe": 4}),
+    "best_of_4": ("student", {"candidates": 4}),
+    "best_of_16": ("student", {"candidates": 16}),
 }
 BATCH = 128  # of the second column of times
 
@@ -80,7 +82,8 @@ def network_passes(step):
     passes = []
 
     def note(net, inputs):
-        if isinstance(net, (ractd.UNet1d, ractd.RewardModel)):
+        mlp = isinstance(net, nn.Sequential) and isinstance(net[-1], nn.Flatten)  # ractd.mlp: R, V
+        if mlp or isinstance(net, ractd.UNet1d):
             copies = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
             passes.append((net, copies, torch.is_grad_enabled()))
 
@@ -101,7 +104,8 @@ def network_passes(step):
 def training_speed(experiment, stage, built_on):
     """Steps per second of one stage, and the share of a step that its network passes take."""
     config = experiment.run.config
-    dims, batch = experiment.meta["dims"], getattr(config, f"{stage}_batch")
+    dims = experiment.meta["dims"]
+    batch = getattr(config, f"{'teacher' if stage == 'tilted' else stage}_batch")
     net, loss_fn = ractd.stage_loss(stage, config, experiment.batches, dims, built_on)
     average = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-5, fused=True)
@@ -165,12 +169,12 @@ def peak_memory(device):
 def bench(run):
     """Measure all of it, write bench.json, print the table."""
     experiment, config = Experiment(run), run.config
-    models = {stage: experiment.model(stage) for stage in ("teacher", "reward")}
+    models = {stage: experiment.model(stage) for stage in STAGES[:-1]}
     models["student"] = experiment.student()
     policies = {}
     for name, (stage, changes) in SAMPLERS.items():
         acting = dataclasses.replace(config, **changes)
-        policies[name] = ractd.Policy(models[stage], acting, run.device)
+        policies[name] = ractd.Policy(models[stage], acting, run.device, run.out)
     print("time per action", flush=True)
     one, many = action_times(policies, experiment.meta["dims"], run.device)
     train = {}
@@ -185,8 +189,17 @@ def bench(run):
             score[name] = points(run.env, returns)
     print(f"{config.episodes} episodes, timed", flush=True)
     make_env = ractd.simulator(run.env, experiment.meta["dataset"])
-    act = policies["student_1"].act
-    timed = ractd.evaluate(act, make_env, config.episodes, config.first_seed)
+    network_s = []
+
+    def act(*inputs):
+        began = time.perf_counter()
+        plans = policies["student_1"].act(*inputs)
+        network_s.append(time.perf_counter() - began)
+        return plans
+
+    began = time.perf_counter()
+    ractd.evaluate(act, make_env, config.episodes, config.first_seed)
+    simulator_s = time.perf_counter() - began - sum(network_s)
     memory, cuda_memory = peak_memory(run.device)
     result = {
         "env": run.env,
@@ -201,7 +214,7 @@ def bench(run):
         "forward_ms": {stage: one[stage][0] for stage in ("teacher", "student")},
         "policy_ms": one["student_1"][0],
         "train": train,
-        "eval": {key: timed[key] for key in ("simulator_s", "network_s")},
+        "eval": {"simulator_s": simulator_s, "network_s": sum(network_s)},
         "peak_memory_mib": memory,
         "peak_cuda_mib": cuda_memory,
         "device": device_name(run.device),

@@ -10,7 +10,7 @@ import numpy as np
 
 import ractd
 
-STAGES = ("teacher", "reward", "student")
+STAGES = ("teacher", "reward", "tilted", "student")
 # Okabe and Ito's, for all eyes
 COLORS = {"data": "#999999", "teacher": "#E69F00", "CTD": "#0072B2", "RACTD": "#D55E00"}
 
@@ -75,9 +75,12 @@ class Experiment:
         return run
 
     def model(self, stage, changes=None):
-        """The checkpoint of the teacher or the reward model, with `changes` of Config."""
-        run = self.variant([stage], changes or {})
-        return ractd.load_or_train(run, stage, self.batches, self.meta, {})
+        """The checkpoint of teacher, reward model or tilted teacher, with `changes` of Config."""
+        built_on = {}
+        if stage == "tilted":
+            built_on = {name: self.model(name, changes) for name in ("teacher", "reward")}
+        run = self.variant([stage, *built_on], changes or {})
+        return ractd.load_or_train(run, stage, self.batches, self.meta, built_on)
 
     def student(self, changes=None, teacher=None, name=""):
         """The checkpoint of the student with `changes` of Config.
@@ -89,6 +92,8 @@ class Experiment:
         built_on = {"teacher": teacher or self.model("teacher", changes)}
         if run.config.reward_weight:
             built_on["reward"] = self.model("reward", changes)
+            if run.config.tilted_steps:
+                built_on["tilted"] = teacher or self.model("tilted", changes)
         return ractd.load_or_train(run, "student", self.batches, self.meta, built_on)
 
     def score(self, checkpoint, changes=None):
@@ -96,7 +101,7 @@ class Experiment:
         out, device = self.run.out, self.run.device
         config = dataclasses.replace(self.run.config, **(changes or {}))
         asked = {"weights": ractd.weights_id(checkpoint)}
-        asked["calls"] = ractd.Policy(checkpoint, config, device).calls
+        asked["calls"] = ractd.Policy(checkpoint, config, device, out).calls
         for field in dataclasses.fields(config):
             in_calls = field.name in ("nfe", "teacher_points")
             if "evaluate" in field.metadata["commands"] and not in_calls:

@@ -6,7 +6,7 @@
 returns     Figure 3: returns of the data's episodes, the teacher's, CTD's and RACTD's; trains and
             scores what is missing of them
 speed       score against time per action, from the bench.json of `python -m reproduce.bench`
-training    every logged value of the three stages
+training    every logged value of the four stages
 video       the first episode of the student (--first-seed) as GIF, in real time
 """
 
@@ -86,7 +86,7 @@ def draw_speed(run):
 
 
 def draw_training(run):
-    """training.png: what <out>/<stage>.jsonl has of the three stages."""
+    """training.png: what <out>/<stage>.jsonl has of the stages."""
     figure, axes = canvas(13, 3.8, run.out.name, ncols=len(STAGES))
     for stage, axis in zip(STAGES, axes, strict=True):
         path = run.out / f"{stage}.jsonl"
@@ -124,7 +124,7 @@ def draw_video(run):
     path = Path(run.file or run.out / "episode.gif")
     saved = ractd.load_checkpoint(run.out / "student.pt", "student", run.device)
     ractd.check_compatible(run.out / "student.pt", saved, {"env": run.env})
-    policy = ractd.Policy(saved, run.config, run.device)
+    policy = ractd.Policy(saved, run.config, run.device, run.out)
     make = ractd.simulator(run.env, saved["dataset"])
     options = {"render_mode": "rgb_array"}
     if run.env in ractd.ENVS:  # this camera goes along with the body

@@ -10,6 +10,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import h5py
@@ -18,13 +19,13 @@ import pytest
 import torch
 
 import ractd
-from reproduce import ablate, bench, collect, common, figures
+from reproduce import ablate, baselines, bench, collect, common, figures
 
 torch.set_num_threads(1)  # more would round differently
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
 ENV, SCRIPT = "hopper-medium-replay", Path(ractd.__file__).resolve()
 SIZES = {"horizon": 8, "channels": 8, "grid-points": 6, "episodes": 3}
-SIZES |= {f"{stage}-batch": 8 for stage in common.STAGES}
+SIZES |= {f"{stage}-batch": 8 for stage in ("teacher", "reward", "student")}
 SIZES |= {f"{stage}-steps": 12 for stage in common.STAGES}
 FLAGS = [f"--{name}={value}" for name, value in SIZES.items()]
 PNG = b"\x89PNG"
@@ -66,7 +67,7 @@ def read(path):
 
 def distilled(out):
     """The score file that `ractd.py distill` left."""
-    (path,) = out.glob("score_RACTD_*_calls1_noise20.0_*.json")
+    (path,) = out.glob("score_RACTD_*_calls1_N1_T0.25_*.json")
     return read(path)
 
 
@@ -98,7 +99,7 @@ def test_a_model_with_other_hyperparameters_has_a_folder_of_its_own(run):
         return str(experiment.variant(stages, changes).out.relative_to(run[0]))
 
     assert folder(["teacher"]) == folder(["teacher"], dsm_weight=0.5, nfe=2, episodes=7) == "."
-    assert folder(common.STAGES, nfe=2, init_noise=5.0) == "."
+    assert folder(common.STAGES, nfe=2, temperature=0.5) == "."
     assert folder(common.STAGES, dsm_weight=0.5, nfe=2) == "variants/dsm_weight=0.5"
     assert folder(["reward"], gamma=0.9) == "variants/gamma=0.9"
 
@@ -121,7 +122,7 @@ def test_exit_codes_and_sentences(run, capsys, monkeypatch):
 # ---- bench.py -----------------------------------------------------------------------------------
 
 
-def test_the_bound_of_a_student_step_is_the_eight_passes_that_its_losses_need():
+def test_the_bound_of_a_student_step_is_the_passes_that_its_losses_need():
     size = {"channels": (8, 16), "patch": 2}  # plans (B, 8, 2), states (B, 3)
     teacher = ractd.UNet1d(2, 3, **size)
     target, student = (ractd.UNet1d(2, 3, **size, student=True) for _ in "12")
@@ -136,18 +137,18 @@ def test_the_bound_of_a_student_step_is_the_eight_passes_that_its_losses_need():
     def note(net, inputs):
         calls.append((net, len(inputs[0]), inputs[0].requires_grad, torch.is_grad_enabled()))
 
-    for net in (teacher, target, student, reward_model):
+    for net in (teacher, target, student, reward_model.R):
         net.register_forward_pre_hook(note)
     repeat()
     assert calls == [
-        (student, 12, False, True),  # Eqs. 5, 7, 8 in one
+        (student, 8, False, True),  # Eqs. 5, 7 in one
         (target, 4, True, True),  # Eq. 5, the estimate's k -> 0
         (teacher, 4, False, False),  # Eq. 6, a step of Heun's method
         (teacher, 4, False, False),
         (target, 4, False, False),  # Eq. 6, u -> k
         (target, 4, False, False),  # Eq. 5, the target's k -> 0
-        (reward_model, 4, False, True),  # Eq. 8, the state first
-        (teacher, 4, False, False),  # the anchor
+        (student, 4, False, True),  # Eq. 8
+        (reward_model.R, 4, True, True),
     ]
     levels = ("level_in", "level.")  # embedded outside of the network's forward
     moved = {name for name, p in student.named_parameters() if p.grad is not None}
@@ -179,7 +180,13 @@ def test_bench_writes_every_promised_number(run, monkeypatch, capsys):
     assert bench.main(flags) == 0
     result = read(out / "bench.json")
     teachers = {"teacher_80": 157, "teacher_20": 37, "teacher_10": 17}
-    assert result["calls"] == teachers | {"student_1": 1, "student_2": 2, "student_4": 4}
+    assert result["calls"] == teachers | {
+        "student_1": 1,
+        "student_2": 2,
+        "student_4": 4,
+        "best_of_4": 1,
+        "best_of_16": 1,
+    }
     assert result["score"].keys() == result["action_ms"].keys() == result["calls"].keys()
     assert result["score"]["student_1"][0] == pytest.approx(distilled(out)["score_mean"])
     assert result["action_ms"]["teacher_80"] > 10 * result["action_ms"]["student_1"]
@@ -220,7 +227,7 @@ def test_an_ablation_trains_each_row_as_it_says_and_never_twice(run, monkeypatch
 def test_reward_weights_are_multiples_of_the_runs_own():
     rows = ablate.ablations(ractd.Config(reward_weight=2.0))["reward-weight"]
     weights = [row.changes.get("reward_weight", 2.0) for row in rows]
-    assert weights == pytest.approx([0, 0.2, 0.6, 1, 1.4, 2, 3, 4])
+    assert weights == pytest.approx([0, 0.2, 1, 2, 4])
     for what, rows in ablate.ablations(ractd.Config()).items():
         assert len({row.label for row in rows}) == len(rows), what
         for row in rows:
@@ -230,7 +237,7 @@ def test_reward_weights_are_multiples_of_the_runs_own():
 def test_an_ablation_of_acting_trains_nothing(run, monkeypatch):
     out, flags = run
     rows = ablate.ablations(ractd.Config())["nfe"]
-    rows.append(ablate.Row("teacher", {"teacher_points": 3, "init_noise": 5.0}, actor="teacher"))
+    rows.append(ablate.Row("teacher", {"teacher_points": 3, "temperature": 0.5}, actor="teacher"))
     monkeypatch.setattr(ablate, "ablations", lambda _=None: {"nfe": rows})
     monkeypatch.setattr(ractd, "fit", None)
     assert ablate.main([*flags, "--what=nfe"]) == 0
@@ -248,25 +255,78 @@ def test_without_reference_scores_an_ablation_shows_returns(run, monkeypatch):
     assert rows[0]["score"] == np.mean(distilled(out)["returns"])
 
 
-def test_the_reward_teacher_plans_what_the_reward_model_likes_better(run, capsys):
+def test_reward_stages_exchange_the_teacher_and_the_windows_of_the_student(run, monkeypatch):
     out, flags = run
-    (out / "student.pt").unlink()
-    flags += ["--student-lr=0.01", "--student-warmup=1", "--reward-weight=5", "--what=reward-stage"]
-    assert ablate.main(flags) == 0
-    students = {path.parent.name for path in out.rglob("student.pt")}
-    both = {"reward-teacher", "reward-teacher-reward_weight=0.0"}
-    assert students == both | {"run", "reward_weight=0.0"}
-    reward_model = ractd.RewardModel(11, 3)
-    reward_model.load_state_dict(torch.load(out / "reward.pt")["ema"])
-    state, noise, values = torch.rand(64, 11) - 0.5, torch.randn(64, 8, 3), []
-    tuned = out / "variants" / "reward-teacher" / "teacher.pt"
-    for path in (out / "teacher.pt", tuned):
-        net = ractd.Policy(ractd.load_checkpoint(path, "teacher")).net
-        plan = ractd.denoise(net, noise, torch.ones(64), state)
-        values.append(reward_model(state, plan[:, 0].clamp(-1, 1)).mean().item())
-    assert values[1] > values[0] + 0.01
-    (out / "student.pt").unlink()
-    refused(capsys, ablate.main([*flags, "--reward-weight=6"]), str(tuned), "reward_weight")
+    seen, loss = [], ractd.stage_loss
+
+    def record(stage, config, batches, dims, built_on):
+        if stage == "student":
+            seen.append((config.reward_weight > 0, config.tilted_steps, built_on))
+        return loss(stage, config, batches, dims, built_on)
+
+    monkeypatch.setattr(ractd, "stage_loss", record)
+    assert ablate.main([*flags, "--what=reward-stage"]) == 0
+    teacher, tilted = (ractd.weights_id(torch.load(out / f"{x}.pt")) for x in ("teacher", "tilted"))
+    names = [{key: ractd.weights_id(x) for key, x in built_on.items()} for *_, built_on in seen]
+    assert names[0] == {"teacher": teacher} and not seen[0][0]  # CTD
+    assert names[1] == {"teacher": tilted} and not seen[1][0]
+    assert names[2]["tilted"] == names[2]["teacher"] == teacher and seen[2][0]
+    assert names[3].keys() == {"teacher", "reward"} and seen[3][1] == 0  # Eq. 8
+    assert names[3]["teacher"] == teacher and len(seen) == 4  # RACTD was there
+
+
+# ---- baselines.py -------------------------------------------------------------------------------
+
+
+def test_without_d3rlpy_a_baseline_says_what_is_missing(trained, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "d3rlpy", None)
+    flags = [f"--env={ENV}", f"--data={trained / 'log.hdf5'}", "--algorithm=iql", "--out=b"]
+    refused(capsys, baselines.main(flags), "d3rlpy")
+
+
+@pytest.mark.parametrize("algorithm", baselines.ALGORITHMS)
+def test_a_baseline_learns_from_the_data_and_acts_in_the_simulator(trained, monkeypatch, algorithm):
+    """d3rlpy's part is played by a double that notes what it is given and never moves."""
+    given = {}
+
+    class Learner:
+        def fit(self, dataset, n_steps, **_):
+            given.update(dataset=dataset, steps=n_steps)
+
+        def predict(self, observations):
+            assert observations.dtype == np.float32
+            return np.zeros((len(observations), 3), np.float32)
+
+    def config(**options):
+        given["options"] = options
+        return SimpleNamespace(create=lambda device: Learner())
+
+    algos = SimpleNamespace(TD3PlusBCConfig=config, IQLConfig=config)
+    scalers = {"StandardObservationScaler": object, "ReturnBasedRewardScaler": SimpleNamespace}
+    double = SimpleNamespace(
+        seed=lambda seed: given.update(seed=seed),
+        algos=algos,
+        preprocessing=SimpleNamespace(**scalers),
+        logging=SimpleNamespace(NoopAdapterFactory=object),
+    )
+    monkeypatch.setitem(sys.modules, "d3rlpy", double)
+    monkeypatch.setitem(sys.modules, "d3rlpy.dataset", SimpleNamespace(MDPDataset=lambda *x: x))
+    data = str(trained / "log.hdf5")
+    flags = [f"--env={ENV}", f"--data={data}", f"--algorithm={algorithm}", "--out=b"]
+    assert baselines.main([*flags, "--steps=7", "--seed=4", "--episodes=3"]) == 0
+    result = read(Path(f"b/baseline_{algorithm}.json"))
+    assert given["steps"] == result["steps"] == 7 and given["seed"] == 4
+    assert given["options"]["batch_size"] == 256
+    assert ("reward_scaler" in given["options"]) == (algorithm == "iql")
+    _, _, _, terminals, timeouts = given["dataset"]
+    assert np.flatnonzero(terminals).tolist() == [39, 52]
+    assert np.flatnonzero(timeouts).tolist() == [47, 112, 132]  # the file's end is a time limit
+    still = ractd.evaluate(
+        lambda observations, _: np.zeros((len(observations), 1, 3)),
+        ractd.simulator(ENV, {"source": "file"}),
+        3,
+    )
+    assert result["returns"] == still["returns"]
 
 
 # ---- figures.py ---------------------------------------------------------------------------------
