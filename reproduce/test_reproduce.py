@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import ractd
-from reproduce import ablate, baselines, bench, collect, common, figures
+from reproduce import ablate, baselines, bench, collect, common, figures, seeds
 
 torch.set_num_threads(1)  # more would round differently
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
@@ -273,6 +273,29 @@ def test_reward_stages_exchange_the_teacher_and_the_windows_of_the_student(run, 
     assert names[2]["tilted"] == names[2]["teacher"] == teacher and seen[2][0]
     assert names[3].keys() == {"teacher", "reward"} and seen[3][1] == 0  # Eq. 8
     assert names[3]["teacher"] == teacher and len(seen) == 4  # RACTD was there
+
+
+# ---- seeds.py -----------------------------------------------------------------------------------
+
+
+def test_every_seed_is_a_run_of_its_own_and_the_table_has_their_mean_and_worst(run, monkeypatch):
+    out, flags = run
+    flags = [flag for flag in flags if "--out" not in flag] + ["--out=all", "--seeds", "3", "0"]
+    assert seeds.main(flags) == 0
+    result = read(Path("all/seeds.json"))
+    rows = {row["label"]: row for row in result["rows"]}
+    assert result["seeds"] == [3, 0] and len(rows["RACTD"]["scores"]) == 2
+    assert len(rows["CTD"]["scores"]) == len(rows["teacher"]["scores"]) == 1
+    first, second = (mean for mean, _ in rows["RACTD"]["scores"])
+    assert second == pytest.approx(distilled(out)["score_mean"])  # as `ractd.py distill` does
+    assert rows["RACTD"]["mean"] == pytest.approx((first + second) / 2)
+    assert rows["RACTD"]["worst"] == min(first, second) and first != second
+    for seed in (3, 0):
+        assert torch.load(f"all/seed{seed}/teacher.pt")["recipe"]["seed"] == seed
+    assert Path("all/seeds.png").read_bytes()[:4] == PNG
+    monkeypatch.setattr(ractd, "fit", None)
+    monkeypatch.setattr(ractd, "evaluate", None)
+    assert seeds.main(flags) == 0 and read(Path("all/seeds.json")) == result
 
 
 # ---- baselines.py -------------------------------------------------------------------------------
