@@ -94,8 +94,9 @@ class Config:
     teacher_warmup: int = option(200, TEACHER, "steps of linear warm-up [2000]", 0)
     reward_target: str = option("return-to-go", REWARD, "in-sample td", choices=REWARD_TARGETS)
     reward_actions: int = option(4, REWARD, "first actions of a plan that R sees [1]", 1, 1024)
+    reward_networks: int = option(4, REWARD, "networks of which R is the mean [1]", 1, 64)
     gamma: float = option(0.99, REWARD, "discount of the return-to-go", 0, 0.9999)
-    reward_steps: int = option(4000, REWARD, "gradient steps [314_000]", 1, 1e9)
+    reward_steps: int = option(3000, REWARD, "gradient steps [314_000]", 1, 1e9)
     reward_batch: int = option(256, REWARD, "transitions per step [64]", 1, 100_000)
     reward_lr: float = option(1e-3, REWARD, "peak learning rate of AdamW [2e-4]", 1e-9, 1)
     reward_warmup: int = option(20, REWARD, "steps of linear warm-up", 0)
@@ -106,6 +107,7 @@ class Config:
     student_warmup: int = option(100, STUDENT, "steps of linear warm-up [500]", 0)
     grid_points: int = option(20, STUDENT, "N: levels in the grid of t, u, k [80]", 3, 9999)
     target_decay: float = option(0.99, STUDENT, "EMA decay of the frozen target [0]", 0, 1)
+    path_batch: int = option(128, STUDENT, "whole teacher paths per step [0]", 0, 100_000)
     ctm_weight: float = option(1.0, STUDENT, "alpha of Eq. 9", 0, 1e6)
     dsm_weight: float = option(1.0, STUDENT, "beta of Eq. 9", 0, 1e6)
     reward_weight: float = option(40.0, f"{STUDENT} tilted reward", "sigma; 0: CTD", 0, 1e6)
@@ -114,13 +116,13 @@ class Config:
     first_seed: int = option(0, "distill evaluate", "episode i has seed first_seed + i", 0)
     nfe: int = option(1, ACTING, "student: network calls per plan", 1, 80)
     teacher_points: int = option(20, "evaluate export", "teacher: n of Heun, 2 n - 3 calls", 3)
-    temperature: float = option(0.25, ACTING, "scale of all noise at acting time [1]", 0, 100)
+    temperature: float = option(0.25, f"{ACTING} student", "scale of noise when acting [1]", 0, 100)
     candidates: int = option(1, "distill evaluate", "plans per state, R's best acts", 1, 1024)
 
 
 # Eqs. 4 to 9 as the paper writes them, at the size of the default
 PAPER_LOSSES = {"distance": "pseudo-huber", "dsm_target": "jump", "tilted_steps": 0}
-PAPER_LOSSES |= {"reward_actions": 1, "temperature": 1.0}
+PAPER_LOSSES |= {"reward_actions": 1, "reward_networks": 1, "path_batch": 0, "temperature": 1.0}
 # the published sizes, and schedules as for hopper-medium-replay (1000, 50 and 400 epochs)
 PAPER = (
     PAPER_LOSSES
@@ -560,16 +562,22 @@ def mlp(c_in, width=256):
 class RewardModel(nn.Module):
     """R: state (B, S), plan (B, H, A), its first `actions` -> return-to-go (B,). V: see `tilt`."""
 
-    def __init__(self, state_dim, action_dim, actions=1):
+    def __init__(self, state_dim, action_dim, actions=1, networks=1):
         super().__init__()
-        self.actions, self.R = actions, mlp(state_dim + actions * action_dim)
-        self.V = mlp(state_dim)
+        self.actions, self.V = actions, mlp(state_dim)
+        width = state_dim + actions * action_dim
+        self.networks = nn.ModuleList(mlp(width) for _ in range(networks))
+
+    def each(self, state, plan):
+        """What each network says: (networks, B). They differ by half of what plans differ by."""
+        x = torch.cat([state, plan[:, : self.actions].flatten(1)], dim=1)
+        return torch.stack([network(x) for network in self.networks])
 
     def forward(self, state, plan):
-        return self.R(torch.cat([state, plan[:, : self.actions].flatten(1)], dim=1))
+        return self.each(state, plan).mean(0)
 
 
-# ---- 6. The tilt: not in the paper, in place of Eq. 8's gradient ---------------------------------
+# ---- 6. Not in the paper: the tilt, in place of Eq. 8's gradient, and whole paths in Eq. 5 -------
 
 
 def tilt(reward, value, sigma, cap=5.0):
@@ -591,6 +599,16 @@ def value_loss(reward, value, sigma, cap=5.0):
     z = sigma * (reward - value)
     inside = z.clamp(max=cap)
     return (inside.exp() * (1 + z - inside) - z - 1).mean() / sigma**2
+
+
+def path_loss(plan, x_T, teacher, sigmas, distance=pseudo_huber):
+    """d(G(x_T, T, 0), the end of the teacher's path from x_T), mean over the batch -> scalar.
+
+    Eq. 5 for u = k = 0, Solver taking all the steps: the jump that acts learns from its own noise
+    and not through a chain of jumps. plan (B, H, A): the student's, with gradient; x_T (B, H, A);
+    teacher: callable (x, t) -> x0, frozen; sigmas (n,): n = 7 is as good as 20 for such plans.
+    """
+    return distance(plan, heun_sample(teacher, x_T, sigmas)[0]).mean()
 
 
 # ---- 7. CTM student and its losses (RACTD Eqs. 5-9; Kim et al. 2024) -----------------------------
@@ -665,10 +683,12 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
     t_dsm = lognormal_levels(len(x0), x0.device)
     k_dsm = zero if config.dsm_target == "jump" else t_dsm
     x_dsm = x0 + expand(t_dsm) * torch.randn_like(x0)
-    # forward: one network call for both losses, for two smaller ones would take longer
-    pairs = (x_t, x_dsm), (t, t_dsm), (k, k_dsm)
-    x, start, end = (torch.cat(pair) for pair in pairs)
-    g_ctm, g_dsm = denoise(student, x, start, state.repeat(2, 1), end).chunk(2)
+    n = min(config.path_batch, len(x0))
+    x_T = config.temperature * SIGMA_MAX * torch.randn_like(x0[:n])
+    # forward: one network call for all losses, for smaller ones would take longer
+    parts = (x_t, t, k, state), (x_dsm, t_dsm, k_dsm, state), (x_T, top[:n], zero[:n], state[:n])
+    x, start, end, states = (torch.cat(column) for column in zip(*parts, strict=True))
+    g_ctm, g_dsm, g_T = denoise(student, x, start, states, end).split([len(x0), len(x0), n])
     if config.dsm_target == "jump":
         g_dsm = jump_from(x_dsm, g_dsm, t_dsm, zero)  # G(x_t, t, 0)
 
@@ -676,6 +696,11 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
     dsm = dsm_loss(g_dsm, x0, t_dsm, distance)
     loss = config.ctm_weight * ctm + config.dsm_weight * dsm
     info = {"ctm": ctm.detach(), "dsm": dsm.detach()}
+    if n:
+        plan = jump_from(x_T, g_T, top[:n], zero[:n])
+        solver = lambda x, t: denoise(teacher, x, t, state[:n])
+        path = path_loss(plan, x_T, solver, karras_sigmas(7))
+        loss, info["path"] = loss + path, path.detach()
     if reward_model is None:
         return loss, info
     x_T = SIGMA_MAX * torch.randn_like(x0)
@@ -843,7 +868,8 @@ def make_unet(config, dims, student=False):
 
 def make_reward_model(checkpoint, dims):
     """The reward model of a loaded reward.pt, frozen."""
-    net = RewardModel(*dims, checkpoint["config"]["reward_actions"])
+    config = checkpoint["config"]
+    net = RewardModel(*dims, config["reward_actions"], config["reward_networks"])
     net.load_state_dict(checkpoint["ema"])
     return net.eval().requires_grad_(False)
 
@@ -1026,9 +1052,9 @@ def stage_loss(stage, config, batches, dims, built_on):
     def reward_model_loss(net, average):
         value = average.V if config.reward_target == "td" else None
         state, plan, target = batches.transitions(config.reward_batch, net.actions, value)
-        R = net(state, plan)
-        error = (R - target).square().mean()
-        log_mean = value_loss(R.detach(), net.V(state), sigma or 1.0)  # 0: CTD needs no V
+        error = (net.each(state, plan) - target).square().mean(1).sum()
+        state, plan, _ = batches.transitions(2 * config.reward_batch, net.actions)
+        log_mean = value_loss(average(state, plan), net.V(state), sigma or 1.0)  # 0: CTD has no V
         return error + log_mean, {"R": error.detach(), "V": log_mean.detach()}
 
     def student_loss(net, average):
@@ -1037,7 +1063,8 @@ def stage_loss(stage, config, batches, dims, built_on):
         return distillation_loss(net, average, teacher, gradient, state, x0, config)
 
     if stage == "reward":
-        return RewardModel(*dims, config.reward_actions).to(device), reward_model_loss
+        size = (config.reward_actions, config.reward_networks)
+        return RewardModel(*dims, *size).to(device), reward_model_loss
     teacher, weights, reward_model = make_unet(config, dims).to(device), None, None
     if stage == "teacher":
         return teacher, teacher_loss
