@@ -32,7 +32,6 @@ import difflib
 import functools
 import hashlib
 import http.client
-import io
 import itertools
 import json
 import math
@@ -569,7 +568,7 @@ class RewardModel(nn.Module):
         self.networks = nn.ModuleList(mlp(width) for _ in range(networks))
 
     def each(self, state, plan):
-        """What each network says: (networks, B). They differ by half of what plans differ by."""
+        """What each of the networks says: (networks, B)."""
         x = torch.cat([state, plan[:, : self.actions].flatten(1)], dim=1)
         return torch.stack([network(x) for network in self.networks])
 
@@ -604,9 +603,9 @@ def value_loss(reward, value, sigma, cap=5.0):
 def path_loss(plan, x_T, teacher, sigmas, distance=pseudo_huber):
     """d(G(x_T, T, 0), the end of the teacher's path from x_T), mean over the batch -> scalar.
 
-    Eq. 5 for u = k = 0, Solver taking all the steps: the jump that acts learns from its own noise
-    and not through a chain of jumps. plan (B, H, A): the student's, with gradient; x_T (B, H, A);
-    teacher: callable (x, t) -> x0, frozen; sigmas (n,): n = 7 is as good as 20 for such plans.
+    Eq. 5 for u = k = 0, with Solver all the way: the jump that acts learns from the noise that it
+    acts from, not through a chain of jumps. plan, x_T (B, H, A): the student's, with gradient, and
+    its noise; teacher: D, callable (x, t) -> x0, frozen; sigmas (n,): as for `heun_sample`.
     """
     return distance(plan, heun_sample(teacher, x_T, sigmas)[0]).mean()
 
@@ -673,7 +672,7 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
     student, target, teacher: networks; reward_model: callable (state, plan) -> (B,), or None for
     no Eq. 8; all but the student frozen. state (B, S), x0 (B, H, A); config: Config.
     """
-    denoiser = lambda x, t: denoise(teacher, x, t, state)
+    denoiser = lambda x, t: denoise(teacher, x, t, state[: len(x)])
     frozen_jump = lambda x, t, k: student_jump(target, x, t, k, state)
     distance = pseudo_huber if config.distance == "pseudo-huber" else squared
     # draw: where the student starts, at which level, and to which it goes
@@ -694,13 +693,12 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
 
     ctm = ctm_loss(g_ctm, x_t, t, u, k, denoiser, frozen_jump)
     dsm = dsm_loss(g_dsm, x0, t_dsm, distance)
-    loss = config.ctm_weight * ctm + config.dsm_weight * dsm
     info = {"ctm": ctm.detach(), "dsm": dsm.detach()}
     if n:
         plan = jump_from(x_T, g_T, top[:n], zero[:n])
-        solver = lambda x, t: denoise(teacher, x, t, state[:n])
-        path = path_loss(plan, x_T, solver, karras_sigmas(7))
-        loss, info["path"] = loss + path, path.detach()
+        path = path_loss(plan, x_T, denoiser, karras_sigmas(7))
+        ctm, info["path"] = ctm + path, path.detach()
+    loss = config.ctm_weight * ctm + config.dsm_weight * dsm
     if reward_model is None:
         return loss, info
     x_T = SIGMA_MAX * torch.randn_like(x0)
@@ -747,10 +745,8 @@ def replacing(path):
 
 def save_checkpoint(path, checkpoint):
     """Write a checkpoint, whole or not at all, and its log beside it as JSON lines."""
-    buffer = io.BytesIO()  # torch has no clear error for a full disk
-    torch.save(checkpoint, buffer)
     with replacing(path) as f:
-        f.write(buffer.getbuffer())
+        torch.save(checkpoint, f)
     with replacing(path.with_suffix(".jsonl")) as f:
         f.writelines((json.dumps(row) + "\n").encode() for row in checkpoint["log"])
 
@@ -802,8 +798,8 @@ def fit(stage, net, loss_fn, config, path, meta):
     """Train `net` for config.<stage>_steps and leave a checkpoint at `path`; resumes by itself.
 
     loss_fn(net, average) draws a batch -> (loss, {name: tensor}); average: net's EMA, frozen, the
-    result. meta: what else the checkpoint holds. All randomness is torch's generator, saved too: a
-    run that was killed and is given again ends in the same bits (on the CPU). Ctrl-C saves.
+    result. meta: what else the checkpoint holds. torch's generator for the CPU is saved too: a run
+    there that was killed and is given again ends in the same bits. Ctrl-C saves.
     """
     average, device = copy.deepcopy(net).eval().requires_grad_(False), next(net.parameters()).device
     steps, like = getattr(config, f"{stage}_steps"), "teacher" if stage == "tilted" else stage
@@ -817,8 +813,7 @@ def fit(stage, net, loss_fn, config, path, meta):
         step, log, trained = saved["step"], saved["log"], saved["seconds"]
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        torch.set_rng_state(saved["rng"][0].cpu())
-        torch.cuda.set_rng_state_all([state.cpu() for state in saved["rng"][1:]])  # CPU: none
+        torch.set_rng_state(saved["rng"].cpu())
         print(f"{stage}: goes on from step {step:,} of {steps:,}")
     interrupts, infos, pause = [], [], SAVE_EVERY
     began = logged_at = saved_at = time.monotonic()
@@ -838,9 +833,8 @@ def fit(stage, net, loss_fn, config, path, meta):
                 log.append(log_progress(stage, step, steps, infos, now - logged_at))
                 infos, logged_at = [], now
             if save:  # after log_progress: a broken state never replaces a good one
-                cuda = torch.cuda.get_rng_state_all() if device.type == "cuda" else ()
                 state = {name: part.state_dict() for name, part in parts.items()}
-                state |= {"rng": [torch.get_rng_state(), *cuda], "seconds": trained + now - began}
+                state |= {"rng": torch.get_rng_state(), "seconds": trained + now - began}
                 state |= {"step": step, "steps": steps, "log": log, "format": FORMAT}
                 save_checkpoint(path, {**meta, "stage": stage, **state})
                 saved_at = time.monotonic()
@@ -1052,10 +1046,10 @@ def stage_loss(stage, config, batches, dims, built_on):
     def reward_model_loss(net, average):
         value = average.V if config.reward_target == "td" else None
         state, plan, target = batches.transitions(config.reward_batch, net.actions, value)
-        error = (net.each(state, plan) - target).square().mean(1).sum()
+        errors = (net.each(state, plan) - target).square().mean(1)
         state, plan, _ = batches.transitions(2 * config.reward_batch, net.actions)
         log_mean = value_loss(average(state, plan), net.V(state), sigma or 1.0)  # 0: CTD has no V
-        return error + log_mean, {"R": error.detach(), "V": log_mean.detach()}
+        return errors.sum() + log_mean, {"R": errors.mean().detach(), "V": log_mean.detach()}
 
     def student_loss(net, average):
         state, x0 = batches.windows(config.student_batch, weights)
@@ -1179,10 +1173,8 @@ def build_parser():
             add("file", nargs="?", help="file to write (default: <out>/policy.pt2)")
         for field in dataclasses.fields(Config):
             if command in field.metadata["commands"]:
-                shown, kind = field.default, {"type": field.type}
-                if field.type is tuple:
-                    kind = {"type": int, "nargs": "+"}
-                text = f"{field.metadata['help']} (default: {shown})"
+                kind = {"type": int, "nargs": "+"} if field.type is tuple else {"type": field.type}
+                text = f"{field.metadata['help']} (default: {field.default})"
                 flag = "--" + field.name.replace("_", "-")
                 add(flag, help=text, choices=field.metadata["choices"], **kind)
     return parser

@@ -419,7 +419,7 @@ def distil(student=None, teacher=1, **config):
     return loss, info, nets
 
 
-WEIGHTS = {"ctm_weight": 1.0, "dsm_weight": 3.0, "reward_weight": 2.0}
+WEIGHTS = {"ctm_weight": 1.5, "dsm_weight": 3.0, "reward_weight": 2.0}
 PAPER_LOSSES = {"dsm_target": "jump", "distance": "pseudo-huber"}
 
 
@@ -445,12 +445,50 @@ def test_the_total_is_eq_9_and_no_loss_depends_on_anothers_weight_but_all_matter
         weights = WEIGHTS | ({off: 0.0} if off else {})
         loss, others, _ = distil(**weights)
         if off == "reward_weight":  # CTD
-            assert others.keys() == {"ctm", "dsm"}
-        total = weights["ctm_weight"] * others["ctm"] + weights["dsm_weight"] * others["dsm"]
+            assert others.keys() == {"ctm", "path", "dsm"}
+        total = weights["ctm_weight"] * (others["ctm"] + others["path"])
+        total = total + weights["dsm_weight"] * others["dsm"]
         total = total - weights["reward_weight"] * others.get("R", 0)
         assert loss.item() == pytest.approx(total.item(), rel=1e-5)
         for name, value in others.items():
             assert value.item() == pytest.approx(info[name].item(), rel=1e-4)
+
+
+def test_the_path_loss_of_the_exact_jump_is_heuns_error_and_else_the_distance():
+    torch.manual_seed(0)
+    x_T = 20 * torch.randn(2000, 4, 1).double()
+    smin, grid = torch.full((2000,), 0.02), ractd.karras_sigmas
+    plan = exact_jump(x_T, torch.full((2000,), 80.0), smin)
+    coarse, fine = (ractd.path_loss(plan, x_T, exact, grid(n)).item() for n in (7, 40))
+    assert 0 < fine < coarse / 10 < 0.01  # sqrt(4) times that of an action
+    shifted = (plan + 0.3).requires_grad_()
+    loss = ractd.path_loss(shifted, x_T, exact, grid(80), distance=ractd.squared)
+    assert loss.item() == pytest.approx(0.09, rel=0.02)
+    loss.backward()
+    assert torch.allclose(
+        shifted.grad, torch.full_like(plan, 0.6 / plan.numel()).double(), rtol=0.1
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0])
+def test_whole_paths_start_where_the_policy_does_and_belong_to_the_ctm_loss(
+    temperature, monkeypatch
+):
+    seen, original = [], ractd.path_loss
+    monkeypatch.setattr(ractd, "path_loss", lambda *a: seen.append(a) or original(*a))
+    loss, info, nets = distil(
+        path_batch=12, temperature=temperature, dsm_weight=0.0, reward_weight=0.0, ctm_weight=2.0
+    )
+    ((plan, x_T, _, sigmas),) = seen
+    assert len(plan) == 12 and x_T.std().item() == pytest.approx(80 * temperature, rel=0.2)
+    torch.manual_seed(3)
+    frozen(ractd.RewardModel(3, 2, actions=2))  # draws as `distil` does before the states
+    state = torch.randn(16, 3)[:12]
+    assert torch.allclose(plan, student_jump(nets.student, x_T, 80.0, 0.02, state), atol=1e-5)
+    end, calls = ractd.heun_sample(lambda x, t: denoise(nets.teacher, x, t, state), x_T, sigmas)
+    assert calls == 11 and info["path"] == ractd.pseudo_huber(plan, end).mean()
+    assert loss.item() == pytest.approx(2 * (info["ctm"] + info["path"]).item(), rel=1e-5)
+    assert "path" not in distil(path_batch=0)[1]
 
 
 @pytest.mark.parametrize("target", ["denoiser", "jump"])
@@ -467,7 +505,7 @@ def test_dsm_compares_the_denoiser_or_the_jump_to_zero_and_the_reward_sees_the_o
     monkeypatch.setattr(ractd, "denoise", lambda *a: calls.append(a) or original(*a))
     for name in losses:
         monkeypatch.setattr(ractd, name, functools.partial(record, name))
-    _, _, nets = distil(dsm_target=target)
+    _, _, nets = distil(dsm_target=target, path_batch=0)
     both, reward = ([*args] for args in calls if args[0] is nets.student)
     _, (x, t, state, k) = zip(*(q.chunk(2) for q in both[1:]), strict=True)
     assert torch.equal(k, t if target == "denoiser" else torch.full_like(t, 0.02))
@@ -490,9 +528,12 @@ def test_the_reward_loss_is_minus_the_mean_return_and_has_no_slope_outside_the_b
 
 
 def test_the_reward_model_hears_the_state_and_its_first_actions_and_v_the_state_alone():
-    R = ractd.RewardModel(3, 2, actions=2)
+    R = ractd.RewardModel(3, 2, actions=2, networks=3)
     state, plan = torch.randn(5, 3, requires_grad=True), torch.randn(5, 8, 2, requires_grad=True)
     assert R(state, plan).shape == R.V(state).shape == (5,)
+    each = R.each(state, plan)
+    assert each.shape == (3, 5) and each.std(0).min() > 0
+    assert torch.allclose(each.sum(0) / 3, R(state, plan))
     R(state, plan).sum().backward()
     heard = plan.grad.abs().amax((0, 2)) > 0
     assert heard.tolist() == [True] * 2 + [False] * 6 and state.grad.abs().min() > 0
@@ -587,7 +628,7 @@ def test_teacher_and_ctd_keep_two_unequal_modes_and_ractd_moves_to_the_good_one(
     torch.manual_seed(0)
     size = {"channels": (32,), "kernel": 1, "patch": 16, "teacher_warmup": 50, "student_warmup": 50}
     size |= {"teacher_steps": 600, "student_steps": 600, "student_lr": 2e-3, "tilted_steps": 300}
-    size |= {"reward_steps": 300, "target_decay": 0.9}
+    size |= {"reward_steps": 300, "target_decay": 0.9, "temperature": 1.0}
     config, batch, n, grid = Config(**size), 128, 1000, ractd.karras_sigmas(20)
     state, states, z = torch.zeros(batch, 1), torch.zeros(n, 1), torch.randn(n, 16, 1)
 
@@ -648,7 +689,7 @@ def test_teacher_and_ctd_keep_two_unequal_modes_and_ractd_moves_to_the_good_one(
         assert 0.15 < good[i] < 0.45 and between[i] < 0.15, (good, between)
     for i in (1, 4, 5):  # tilted teacher, RACTD by one call and two
         assert good[i] > 0.95 and between[i] < 0.05, (good, between)
-        assert 0.5 < mean[i].mean() < 0.7 and samples[i].std() < 0.2  # where the data are
+        assert 0.5 < mean[i].mean() < 0.7 and samples[i].std() < 0.25  # where the data are
 
 
 # ---- data --------------------------------------------------------------------------------------
@@ -912,7 +953,8 @@ SIGMA = {
 @pytest.mark.parametrize("env", SIGMA)
 def test_the_papers_presets_have_its_losses_and_its_sigma_for_each_task(env, monkeypatch):
     losses = {"distance": "pseudo-huber", "dsm_target": "jump", "tilted_steps": 0}
-    losses |= {"reward_actions": 1, "temperature": 1.0, "reward_weight": SIGMA[env]}
+    losses |= {"reward_actions": 1, "reward_networks": 1, "path_batch": 0}
+    losses |= {"temperature": 1.0, "reward_weight": SIGMA[env]}
     assert sorted(ractd.ENVS) == sorted(SIGMA)
     assert configured(monkeypatch, env=env) == Config()
     assert configured(monkeypatch, "--preset=paper-losses", env=env) == Config(**losses)
@@ -954,7 +996,8 @@ def test_the_papers_losses_train_and_act_end_to_end(trained):
     assert metrics("new")["temperature"] == 1 and not Path("new/tilted.pt").exists()
     saved = torch.load("new/student.pt")
     assert saved["config"]["distance"] == "pseudo-huber" and saved["config"]["reward_weight"] == 1.0
-    assert saved["log"][-1].keys() >= {"ctm", "dsm", "R"}  # Eq. 8 is among the losses
+    log = saved["log"][-1].keys()
+    assert log >= {"ctm", "dsm", "R"} and "path" not in log  # Eqs. 5 to 9, and nothing else
     assert cli("evaluate", "--out=new", "--episodes=3") == 0  # acts as its preset meant it
     assert len(list(Path("new").glob("score_*.json"))) == 1
     assert cli("evaluate", "--out=new", "--episodes=3", "--temperature=0.5") == 0
@@ -1002,7 +1045,7 @@ BAD_FLAGS = """--channels=0 --channels=9999 --channels=a --kernel=4 --horizon=10
     --teacher-warmup=-1 --reward-batch=0 --grid-points=2 --episodes=0 --nfe=0 --nfe=x --nfe=81
     --seed=-1 --seed=99999999999999999999 --target-decay=2
     --temperature=nan --reward-actions=0 --reward-weight=-2 --tilted-steps=-1 --dsm-target=x
-    --candidates=0 --reward-target=x
+    --candidates=0 --reward-target=x --reward-networks=0 --path-batch=-1
     --distance=x --first-seed=-1 --device=cuda:99 --device=x --horizn=8 --preset=x"""
 
 
@@ -1336,7 +1379,7 @@ def test_what_a_policy_keeps_between_calls_changes_no_action(trained, stage):
 def test_of_several_candidates_the_one_that_r_likes_best_acts(trained, stage):
     checkpoint = ractd.load_checkpoint(trained.out / f"{stage}.pt", stage)
     R = torch.load(trained.out / "reward.pt")
-    net = ractd.RewardModel(11, 3, R["config"]["reward_actions"])
+    net = ractd.RewardModel(11, 3, R["config"]["reward_actions"], R["config"]["reward_networks"])
     net.load_state_dict(R["ema"])
     how = {"teacher_points": 5, "temperature": 1.0}
     one = ractd.Policy(checkpoint, Config(**how))
