@@ -28,7 +28,6 @@ import contextlib
 import copy
 import dataclasses
 import datetime
-import difflib
 import functools
 import hashlib
 import http.client
@@ -283,9 +282,9 @@ def returns_to_go(rewards, begins, ends, terminated, gamma=0.99):
     return result
 
 
-def fit_range(x, device="cpu"):
+def fit_range(x):
     """Rows (N, D) -> the table (2, D), centre and half range, that maps them to [-1, 1]."""
-    low, high = torch.tensor(np.stack([x.min(0), x.max(0)]), dtype=torch.float32, device=device)
+    low, high = x.amin(0), x.amax(0)
     half = torch.where(high - low > 1e-6, (high - low) / 2, 1.0)  # a constant column maps to 0
     return torch.stack([(low + high) / 2, half])
 
@@ -311,18 +310,16 @@ class Batches:
             raise UserError(f"{dataset.name}: --horizon {horizon}, longest episode {longest} rows")
         go = returns_to_go(dataset.rewards, begins, ends, dataset.terminated, gamma)
         raw = {"obs": dataset.observations, "action": dataset.actions, "return": go[:, None]}
-        self.normalizer = {name: fit_range(x, device) for name, x in raw.items()}
-        self.obs, self.actions, returns = (
-            encode(torch.tensor(x, dtype=torch.float32, device=device), self.normalizer[name])
-            for name, x in raw.items()
-        )  # (N, O), (N, A), (N, 1)
-        self.returns_to_go, self.gamma = returns.squeeze(1), gamma  # (N,)
+        raw = {name: torch.tensor(x, dtype=torch.float32, device=device) for name, x in raw.items()}
+        self.normalizer = {name: fit_range(x) for name, x in raw.items()}
+        self.obs, self.actions, go = (encode(x, self.normalizer[name]) for name, x in raw.items())
+        self.returns_to_go, self.gamma = go.squeeze(1), gamma  # (N,)
         self.starts = torch.tensor(starts, device=device)  # (W,)
         self.lasts = torch.tensor(np.repeat(ends, ends - begins + 1), device=device)  # (N,)
         self.chunk = torch.arange(horizon, device=device)
 
     def windows(self, batch, weights=None):
-        """Random windows, as likely as weights (W,): state (B, O), the plan x0 (B, H, A) from there."""
+        """Random windows, as likely as weights (W,): state (B, O), plan x0 (B, H, A) from there."""
         weights = torch.ones_like(self.returns_to_go[self.starts]) if weights is None else weights
         drawn = self.starts[torch.multinomial(weights, batch, replacement=True)]
         return self.rows(drawn, len(self.chunk))
@@ -389,9 +386,8 @@ class ResidualBlock(nn.Module):
 class UNet1d(nn.Module):
     """The network F, a U-Net over a plan of H actions: (x, embedding, state) -> (B, H, A).
 
-    x (B, H, A); embedding: `embed(t)`, for a student `embed(t, k)`; state (B, S). H must be a
-    multiple of patch * 2^(levels - 1): `patch` actions become one position, and each level halves
-    those. (Released: patch 1, GroupNorm, Mish, dropout.)
+    x (B, H, A); embedding: `embed(t)`, a student's `embed(t, k)`; state (B, S). H: a multiple of
+    patch * 2^(levels - 1), as `patch` actions become one position, and each level halves those.
     """
 
     def __init__(
@@ -508,7 +504,7 @@ def heun_step(denoiser, x, t, u, smin=SIGMA_MIN):
 
 @torch.no_grad()
 def heun_sample(denoiser, x, sigmas):
-    """Solve the ODE: x (B, H, A) at sigmas[0] -> (x at smin, network calls: 157 for 80 levels).
+    """Solve the ODE: x (B, H, A) at sigmas[0] -> x at smin, by 2 n - 3 calls of the denoiser.
 
     denoiser: callable (x, t) -> x0, t a float; sigmas (n,): descending, the last one smin.
     """
@@ -516,7 +512,7 @@ def heun_sample(denoiser, x, sigmas):
     for t, u in itertools.pairwise(levels):
         x = heun_step(denoiser, x, t, u, smin)
     slope = (x - denoiser(x, levels[-1])) / levels[-1]
-    return x + (smin - levels[-1]) * slope, 2 * len(sigmas) - 3
+    return x + (smin - levels[-1]) * slope
 
 
 def squared(a, b):
@@ -542,8 +538,7 @@ def edm_weight(t, sigma_data=SIGMA_DATA):
 def edm_loss(denoiser, x0, t, noise, distance=squared):
     """Eq. 4: w(t) d(x0, D(x0 + t noise, t)), mean over the batch -> scalar.
 
-    denoiser: callable (x, t) -> x0; x0, noise (B, H, A); t (B,). The default d is the squared
-    error: the ODE needs the mean E[x0 | x_t], and the paper's pseudo-Huber gives a median.
+    denoiser: callable (x, t) -> x0; x0, noise (B, H, A); t (B,). The ODE needs the mean, `squared`.
     """
     return (edm_weight(t) * distance(denoiser(x0 + expand(t) * noise, t), x0)).mean()
 
@@ -584,8 +579,7 @@ def tilt(reward, value, sigma, cap=5.0):
 
     reward, value (B,): R(s, x0) and V(s) = log E[exp(sigma R) | s] / sigma -> (B,), mean 1 in each
     state. Plans of the data drawn so have the density p(x0 | s) exp(sigma R) / Z(s), that with the
-    largest E[R] - KL(. || p) / sigma, which is what Eq. 9 weighs. Eqs. 4 to 7 learn it as they are,
-    at all noise levels: good modes, inside the data. Eq. 8's gradient leads to where R is wrong.
+    largest E[R] - KL(. || p) / sigma, which is what Eq. 9 weighs; Eqs. 4 to 7 learn it as they are.
     """
     return (sigma * (reward - value)).clamp(max=cap).exp()
 
@@ -603,11 +597,10 @@ def value_loss(reward, value, sigma, cap=5.0):
 def path_loss(plan, x_T, teacher, sigmas, distance=pseudo_huber):
     """d(G(x_T, T, 0), the end of the teacher's path from x_T), mean over the batch -> scalar.
 
-    Eq. 5 for u = k = 0, with Solver all the way: the jump that acts learns from the noise that it
-    acts from, not through a chain of jumps. plan, x_T (B, H, A): the student's, with gradient, and
-    its noise; teacher: D, callable (x, t) -> x0, frozen; sigmas (n,): as for `heun_sample`.
+    Eq. 5 for u = k = 0: the jump that acts learns where it acts, not through a chain of jumps.
+    plan, x_T (B, H, A): the student's, with gradient, and its noise; the rest as in `heun_sample`.
     """
-    return distance(plan, heun_sample(teacher, x_T, sigmas)[0]).mean()
+    return distance(plan, heun_sample(teacher, x_T, sigmas)).mean()
 
 
 # ---- 7. CTM student and its losses (RACTD Eqs. 5-9; Kim et al. 2024) -----------------------------
@@ -660,8 +653,8 @@ def dsm_loss(prediction, x0, t, distance=squared):
 def reward_loss(reward_model, state, plan):
     """Eq. 8: -R(s_n, a_n), mean over the batch -> scalar.
 
-    state (B, S); plan (B, H, A): the student's, made by one call, clipped to the action box,
-    outside which R, callable (state, plan) -> (B,), extrapolates and its gradient runs away.
+    state (B, S); plan (B, H, A): the student's, by one call; here clipped to the action box, as R,
+    callable (state, plan) -> (B,), has seen nothing outside it.
     """
     return -reward_model(state, plan.clamp(-1, 1)).mean()
 
@@ -675,7 +668,6 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
     denoiser = lambda x, t: denoise(teacher, x, t, state[: len(x)])
     frozen_jump = lambda x, t, k: student_jump(target, x, t, k, state)
     distance = pseudo_huber if config.distance == "pseudo-huber" else squared
-    # draw: where the student starts, at which level, and to which it goes
     t, u, k = draw_jumps(len(x0), karras_sigmas(config.grid_points, device=x0.device).to(x0))
     x_t = x0 + expand(t) * torch.randn_like(x0)
     zero, top = torch.full_like(t, SIGMA_MIN), torch.full_like(t, SIGMA_MAX)
@@ -711,15 +703,14 @@ def student_sample(jump, x_T, sigmas, nfe=1, noise=torch.randn_like):
     """xhat_0 = G(x_T, T, 0), the policy's one network call; optionally nfe - 1 refinements.
 
     jump: callable (x, t, k) -> x, t and k floats; x_T (B, H, A): noise of scale T; sigmas (n,);
-    noise: callable, x -> N(0, 1) like x. Refinement i starts at sigmas[ceil(i n / nfe)]. -> (plan
-    (B, H, A), network calls)
+    noise: callable, x -> N(0, 1) like x. Refinement i starts at sigmas[ceil(i n / nfe)].
     """
     *levels, smin = sigmas.tolist()
     x = jump(x_T, levels[0], smin)
     for i in range(1, nfe):
         t = levels[min(math.ceil(i * len(sigmas) / nfe), len(levels) - 1)]
         x = jump(x + math.sqrt(t**2 - smin**2) * noise(x), t, smin)
-    return x, nfe
+    return x
 
 
 # ---- 8. Training --------------------------------------------------------------------------------
@@ -741,14 +732,6 @@ def replacing(path):
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def save_checkpoint(path, checkpoint):
-    """Write a checkpoint, whole or not at all, and its log beside it as JSON lines."""
-    with replacing(path) as f:
-        torch.save(checkpoint, f)
-    with replacing(path.with_suffix(".jsonl")) as f:
-        f.writelines((json.dumps(row) + "\n").encode() for row in checkpoint["log"])
 
 
 def load_checkpoint(path, stage, device="cpu"):
@@ -815,7 +798,7 @@ def fit(stage, net, loss_fn, config, path, meta):
             part.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"].cpu())
         print(f"{stage}: goes on from step {step:,} of {steps:,}")
-    interrupts, infos, pause = [], [], SAVE_EVERY
+    interrupts, infos = [], []
     began = logged_at = saved_at = time.monotonic()
     handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # after the step
     try:
@@ -828,7 +811,7 @@ def fit(stage, net, loss_fn, config, path, meta):
             infos.append(train_step(net, average, optimizer, loss_fn, decay))
             step += 1
             now = time.monotonic()
-            save = step == steps or interrupts or now - saved_at > pause
+            save = step == steps or interrupts or now - saved_at > SAVE_EVERY
             if save or not log or step % max(1, steps // 20) == 0:
                 log.append(log_progress(stage, step, steps, infos, now - logged_at))
                 infos, logged_at = [], now
@@ -836,9 +819,11 @@ def fit(stage, net, loss_fn, config, path, meta):
                 state = {name: part.state_dict() for name, part in parts.items()}
                 state |= {"rng": torch.get_rng_state(), "seconds": trained + now - began}
                 state |= {"step": step, "steps": steps, "log": log, "format": FORMAT}
-                save_checkpoint(path, {**meta, "stage": stage, **state})
+                with replacing(path) as f:
+                    torch.save({**meta, "stage": stage, **state}, f)
+                with replacing(path.with_suffix(".jsonl")) as f:
+                    f.writelines((json.dumps(row) + "\n").encode() for row in log)
                 saved_at = time.monotonic()
-                pause = max(SAVE_EVERY, 20 * (saved_at - now))  # large checkpoints: less often
                 if interrupts:
                     print(f"{stage}: stopped at step {step:,}, saved; the same command goes on")
                     raise KeyboardInterrupt
@@ -914,10 +899,10 @@ class Policy(nn.Module):
         x_T = SIGMA_MAX * cool(state.new_empty(state.shape[0], *self.shape))
         if self.student:
             jump = lambda x, t, k: student_jump(net, x, t, k, state, level(t, k))
-            x, _ = student_sample(jump, x_T, self.sigmas, self.nfe, cool)
+            x = student_sample(jump, x_T, self.sigmas, self.nfe, cool)
         else:
             denoiser = lambda x, t: denoise(net, x, t, state, level=level(t))
-            x, _ = heun_sample(denoiser, x_T, self.sigmas)
+            x = heun_sample(denoiser, x_T, self.sigmas)
         x = x.clamp(-1, 1)  # in the action box
         if self.candidates > 1:
             best = self.reward_model(state, x).reshape(-1, self.candidates).argmax(1)
@@ -1192,11 +1177,7 @@ def make_config(run):
         value, low, high = values.get(field.name), field.metadata["low"], field.metadata["high"]
         if value is not None and low is not None and not low <= value <= high:
             raise UserError(f"--{field.name.replace('_', '-')} {value}: must be in {low} to {high}")
-    config = Config(**values)
-    if run.command in ("teacher", "distill"):
-        with torch.device("meta"):
-            make_unet(config, (1, 1))  # raises where there is none
-    return config
+    return Config(**values)
 
 
 def resolve(run):
@@ -1207,8 +1188,7 @@ def resolve(run):
     run.out = Path(getattr(run, "out", None) or "runs/" + str(run.env).replace("/", "-"))
     acts = run.command in ("evaluate", "export") and run.out.exists()
     if not run.env or run.env not in ENVS and not data and not acts:
-        near = difflib.get_close_matches(run.env or "", ENVS, len(ENVS), 0)
-        raise UserError(f"--env {run.env} is unknown; nearest first: {', '.join(near)}")
+        raise UserError(f"--env {run.env} is unknown; give --data too, or one of {', '.join(ENVS)}")
     if run.command == "data":
         return
     try:

@@ -197,8 +197,8 @@ def test_the_last_step_is_eulers_so_that_samples_have_the_variance_of_the_data()
     x = torch.full((1, 1, 1), math.sqrt(80**2 + sd**2), dtype=torch.float64)  # one deviation
     assert torch.equal(denoiser(x, 0.02), x)
     calls.clear()
-    y, count = ractd.heun_sample(denoiser, x, ractd.karras_sigmas(n))
-    assert count == len(calls) == 2 * n - 3 and 0.02 not in calls
+    y = ractd.heun_sample(denoiser, x, ractd.karras_sigmas(n))
+    assert len(calls) == 2 * n - 3 and 0.02 not in calls
     naive = x
     for t, u in pairwise(ractd.karras_sigmas(n).tolist()):
         slope = (naive - denoiser(naive, t)) / t
@@ -207,7 +207,6 @@ def test_the_last_step_is_eulers_so_that_samples_have_the_variance_of_the_data()
     variance = sd**2 + 0.02**2
     assert y.item() ** 2 == pytest.approx(variance, rel=0.02)
     assert naive.item() ** 2 > 1.1 * variance
-    assert ractd.heun_sample(exact, x, ractd.karras_sigmas(80))[1] == 157
 
 
 def test_in_a_batch_only_the_steps_down_to_smin_are_eulers():
@@ -485,8 +484,8 @@ def test_whole_paths_start_where_the_policy_does_and_belong_to_the_ctm_loss(
     frozen(ractd.RewardModel(3, 2, actions=2))  # draws as `distil` does before the states
     state = torch.randn(16, 3)[:12]
     assert torch.allclose(plan, student_jump(nets.student, x_T, 80.0, 0.02, state), atol=1e-5)
-    end, calls = ractd.heun_sample(lambda x, t: denoise(nets.teacher, x, t, state), x_T, sigmas)
-    assert calls == 11 and info["path"] == ractd.pseudo_huber(plan, end).mean()
+    end = ractd.heun_sample(lambda x, t: denoise(nets.teacher, x, t, state), x_T, sigmas)
+    assert info["path"] == ractd.pseudo_huber(plan, end).mean()
     assert loss.item() == pytest.approx(2 * (info["ctm"] + info["path"]).item(), rel=1e-5)
     assert "path" not in distil(path_batch=0)[1]
 
@@ -612,8 +611,8 @@ def test_sampling_takes_nfe_calls_and_restarts_at_grid_indices_27_and_54():
             calls.append((x, t, k))
             return 0 * x
 
-        x, used = ractd.student_sample(jump, torch.full((2, 4, 1), 5.0), grid, nfe, torch.ones_like)
-        assert used == len(calls) == nfe and x.shape == (2, 4, 1)
+        x = ractd.student_sample(jump, torch.full((2, 4, 1), 5.0), grid, nfe, torch.ones_like)
+        assert len(calls) == nfe and x.shape == (2, 4, 1)
         for (x, t, k), level in zip(calls, levels, strict=True):
             assert t == pytest.approx(level, 1e-3) and k == pytest.approx(0.02)
             scale = math.sqrt(t**2 - 0.02**2) if level < 80 else 5.0
@@ -666,7 +665,7 @@ def test_teacher_and_ctd_keep_two_unequal_modes_and_ractd_moves_to_the_good_one(
     tilted.load_state_dict(teacher.state_dict())
     tilted = train("tilted", "tilted", tilted, functools.partial(teacher_loss, weights=weights))
     samples = [
-        ractd.heun_sample(lambda x, t, net=net: denoise(net, x, t, states), 80 * z, grid)[0]
+        ractd.heun_sample(lambda x, t, net=net: denoise(net, x, t, states), 80 * z, grid)
         for net in (teacher, tilted)
     ]
     for name, solver, how in (("CTD", teacher, None), ("RACTD", tilted, weights)):
@@ -679,7 +678,7 @@ def test_teacher_and_ctd_keep_two_unequal_modes_and_ractd_moves_to_the_good_one(
 
         actor = train(name, "student", student, student_loss)
         for nfe in (1, 2):
-            x, _ = ractd.student_sample(
+            x = ractd.student_sample(
                 lambda x, t, k, net=actor: student_jump(net, x, t, k, states), 80 * z, grid, nfe
             )
             samples.append(x)
@@ -719,7 +718,7 @@ def test_windows_and_returns_to_go_equal_brute_force(horizon):
 
 def test_the_normaliser_maps_to_the_box_and_back_also_a_constant_column():
     x = np.float32([[1, 5, -3], [3, 5, 0], [2, 5, 7]])
-    table = ractd.fit_range(x)
+    table = ractd.fit_range(torch.tensor(x))
     y = ractd.encode(torch.tensor(x), table)
     assert y.amin(0).tolist() == [-1, 0, -1] and y.amax(0).tolist() == [1, 0, 1]
     assert torch.allclose(ractd.decode(y, table), torch.tensor(x))
@@ -1350,14 +1349,14 @@ def test_what_a_policy_keeps_between_calls_changes_no_action(trained, stage):
                 return student_jump(net, x, many(t), many(k), state)
 
             grid = ractd.karras_sigmas(6)
-            x, _ = ractd.student_sample(jump, 40 * z, grid, nfe, lambda _, z=z: z / 2)
+            x = ractd.student_sample(jump, 40 * z, grid, nfe, lambda _, z=z: z / 2)
         else:
             assert policy.calls == 7
 
             def denoiser(x, t, net=net, state=state, many=many):
                 return denoise(net, x, many(t), state)
 
-            x, _ = ractd.heun_sample(denoiser, 40 * z, ractd.karras_sigmas(5))
+            x = ractd.heun_sample(denoiser, 40 * z, ractd.karras_sigmas(5))
         expected = ractd.decode(x.clamp(-1, 1), tables["action"])
         for _ in range(2):
             with torch.no_grad():
@@ -1538,8 +1537,8 @@ def test_a_missing_or_damaged_file_is_refused(tmp_path, capsys):
     refused(capsys, cli("data", "--data=minari:no/such-v0"), "no/such-v0")
 
 
-def test_an_unknown_env_is_answered_with_the_nearest_names(tmp_path, capsys):
-    sentence = "nearest first: hopper-medium-replay"
+def test_an_unknown_env_is_answered_with_the_names(tmp_path, capsys):
+    sentence = "one of hopper-medium, hopper-medium-replay"
     refused(capsys, cli("data", env="hoper-medium-repaly"), sentence)
     refused(capsys, ractd.main(["data"]), "--env")
     for command in ("teacher", "distill"):  # a folder that exists makes no task of it
