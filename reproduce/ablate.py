@@ -45,7 +45,7 @@ def ablations(config):
 
     The reward weights are multiples of the Config's own, as the paper's are of 1.
     """
-    sigma, ctd = config.reward_weight, {"reward_weight": 0.0}
+    sigma, ctd, heun = config.reward_weight, {"reward_weight": 0.0}, {"teacher_points": 10}
     gradient = {"tilted_steps": 0, "reward_actions": 1, "reward_weight": 0.5}  # as published
     return {
         "reward-stage": [
@@ -57,7 +57,6 @@ def ablations(config):
         ],
         "reward-weight": [
             Row("no reward (CTD)", ctd, 50.8),
-            Row("0.1 of the default sigma", {"reward_weight": 0.1 * sigma}),
             Row("0.5 of the default sigma", {"reward_weight": 0.5 * sigma}),
             Row("the default sigma", {}, 109.5),
             Row("2 of the default sigma", {"reward_weight": 2.0 * sigma}, 17.0),
@@ -65,6 +64,7 @@ def ablations(config):
         "losses": [
             Row("all three", {}, 109.5),
             Row("without CTM", {"ctm_weight": 0.0}),
+            Row("CTM without whole paths", {"path_batch": 0}),
             Row("without DSM", {"dsm_weight": 0.0}, 1.5),
             Row("without reward (CTD)", ctd, 50.8),
             Row("DSM of G(x_t, t, 0), Eq. 7", {"dsm_target": "jump"}),
@@ -85,9 +85,13 @@ def ablations(config):
             for n in (1, 4, 16)
         ],
         "temperature": [
-            Row(f"{actor}, temperature {scale:g}", {"temperature": scale}, actor=actor)
-            for actor in ("teacher", "tilted", "student")
+            Row(f"{actor}, temperature {scale:g}", heun | {"temperature": scale}, actor=actor)
+            for actor in ("teacher", "tilted")
             for scale in (0.1, 0.25, 0.5, 1.0)
+        ]
+        + [
+            Row(f"RACTD, temperature {scale:g} (in training, too)", {"temperature": scale})
+            for scale in (0.25, 1.0)
         ],
     }
 

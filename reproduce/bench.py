@@ -85,7 +85,8 @@ def network_passes(step):
         mlp = isinstance(net, nn.Sequential) and isinstance(net[-1], nn.Flatten)  # ractd.mlp: R, V
         if mlp or isinstance(net, ractd.UNet1d):
             copies = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
-            passes.append((net, copies, torch.is_grad_enabled()))
+            needed = any(x.requires_grad for x in (*copies, *net.parameters()))
+            passes.append((net, copies, needed and torch.is_grad_enabled()))
 
     hook = nn.modules.module.register_module_forward_pre_hook(note)
     step()

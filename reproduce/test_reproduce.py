@@ -99,9 +99,11 @@ def test_a_model_with_other_hyperparameters_has_a_folder_of_its_own(run):
         return str(experiment.variant(stages, changes).out.relative_to(run[0]))
 
     assert folder(["teacher"]) == folder(["teacher"], dsm_weight=0.5, nfe=2, episodes=7) == "."
-    assert folder(common.STAGES, nfe=2, temperature=0.5) == "."
+    assert folder(common.STAGES, nfe=2, candidates=4) == "."
     assert folder(common.STAGES, dsm_weight=0.5, nfe=2) == "variants/dsm_weight=0.5"
     assert folder(["reward"], gamma=0.9) == "variants/gamma=0.9"
+    assert folder(["tilted"], temperature=0.5) == "."  # a student's paths start from it
+    assert folder(common.STAGES, temperature=0.5) == "variants/temperature=0.5"
 
 
 def test_exit_codes_and_sentences(run, capsys, monkeypatch):
@@ -126,10 +128,10 @@ def test_the_bound_of_a_student_step_is_the_passes_that_its_losses_need():
     size = {"channels": (8, 16), "patch": 2}  # plans (B, 8, 2), states (B, 3)
     teacher = ractd.UNet1d(2, 3, **size)
     target, student = (ractd.UNet1d(2, 3, **size, student=True) for _ in "12")
-    reward_model, calls = ractd.RewardModel(3, 2), []
+    reward_model, calls = ractd.RewardModel(3, 2, networks=2), []
     for net in (teacher, target, reward_model):
         net.requires_grad_(False)
-    state, x0, config = torch.randn(4, 3), torch.randn(4, 8, 2), ractd.Config(grid_points=6)
+    state, x0, config = torch.randn(4, 3), torch.randn(4, 8, 2), ractd.Config(path_batch=2)
     repeat = bench.network_passes(
         lambda: ractd.distillation_loss(student, target, teacher, reward_model, state, x0, config)
     )
@@ -137,18 +139,19 @@ def test_the_bound_of_a_student_step_is_the_passes_that_its_losses_need():
     def note(net, inputs):
         calls.append((net, len(inputs[0]), inputs[0].requires_grad, torch.is_grad_enabled()))
 
-    for net in (teacher, target, student, reward_model.R):
+    for net in (teacher, target, student, *reward_model.networks):
         net.register_forward_pre_hook(note)
     repeat()
     assert calls == [
-        (student, 8, False, True),  # Eqs. 5, 7 in one
+        (student, 10, False, True),  # Eqs. 5, 7 and the jump that acts in one
         (target, 4, True, True),  # Eq. 5, the estimate's k -> 0
         (teacher, 4, False, False),  # Eq. 6, a step of Heun's method
         (teacher, 4, False, False),
         (target, 4, False, False),  # Eq. 6, u -> k
         (target, 4, False, False),  # Eq. 5, the target's k -> 0
+        *11 * [(teacher, 2, False, False)],  # a whole path
         (student, 4, False, True),  # Eq. 8
-        (reward_model.R, 4, True, True),
+        *((network, 4, True, True) for network in reward_model.networks),
     ]
     levels = ("level_in", "level.")  # embedded outside of the network's forward
     moved = {name for name, p in student.named_parameters() if p.grad is not None}
@@ -227,7 +230,7 @@ def test_an_ablation_trains_each_row_as_it_says_and_never_twice(run, monkeypatch
 def test_reward_weights_are_multiples_of_the_runs_own():
     rows = ablate.ablations(ractd.Config(reward_weight=2.0))["reward-weight"]
     weights = [row.changes.get("reward_weight", 2.0) for row in rows]
-    assert weights == pytest.approx([0, 0.2, 1, 2, 4])
+    assert weights == pytest.approx([0, 1, 2, 4])
     for what, rows in ablate.ablations(ractd.Config()).items():
         assert len({row.label for row in rows}) == len(rows), what
         for row in rows:
