@@ -10,6 +10,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import h5py
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 import ractd
-from reproduce import ablate, bench, collect, common, figures
+from reproduce import ablate, baselines, bench, collect, common, figures
 
 torch.set_num_threads(1)  # more would round differently
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
@@ -267,6 +268,60 @@ def test_the_reward_teacher_plans_what_the_reward_model_likes_better(run, capsys
     assert values[1] > values[0] + 0.01
     (out / "student.pt").unlink()
     refused(capsys, ablate.main([*flags, "--reward-weight=6"]), str(tuned), "reward_weight")
+
+
+# ---- baselines.py -------------------------------------------------------------------------------
+
+
+def test_without_d3rlpy_a_baseline_says_what_is_missing(trained, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "d3rlpy", None)
+    flags = [f"--env={ENV}", f"--data={trained / 'log.hdf5'}", "--algorithm=iql", "--out=b"]
+    refused(capsys, baselines.main(flags), "d3rlpy")
+
+
+@pytest.mark.parametrize("algorithm", baselines.ALGORITHMS)
+def test_a_baseline_learns_from_the_data_and_acts_in_the_simulator(trained, monkeypatch, algorithm):
+    """d3rlpy's part is played by a double that notes what it is given and never moves."""
+    given = {}
+
+    class Learner:
+        def fit(self, dataset, n_steps, **_):
+            given.update(dataset=dataset, steps=n_steps)
+
+        def predict(self, observations):
+            assert observations.dtype == np.float32
+            return np.zeros((len(observations), 3), np.float32)
+
+    def config(**options):
+        given["options"] = options
+        return SimpleNamespace(create=lambda device: Learner())
+
+    algos = SimpleNamespace(TD3PlusBCConfig=config, IQLConfig=config)
+    scalers = {"StandardObservationScaler": object, "ReturnBasedRewardScaler": SimpleNamespace}
+    double = SimpleNamespace(
+        seed=lambda seed: given.update(seed=seed),
+        algos=algos,
+        preprocessing=SimpleNamespace(**scalers),
+        logging=SimpleNamespace(NoopAdapterFactory=object),
+    )
+    monkeypatch.setitem(sys.modules, "d3rlpy", double)
+    monkeypatch.setitem(sys.modules, "d3rlpy.dataset", SimpleNamespace(MDPDataset=lambda *x: x))
+    data = str(trained / "log.hdf5")
+    flags = [f"--env={ENV}", f"--data={data}", f"--algorithm={algorithm}", "--out=b"]
+    assert baselines.main([*flags, "--steps=7", "--seed=4", "--episodes=3"]) == 0
+    result = read(Path(f"b/baseline_{algorithm}.json"))
+    assert given["steps"] == result["steps"] == 7 and given["seed"] == 4
+    assert given["options"]["batch_size"] == 256
+    assert ("reward_scaler" in given["options"]) == (algorithm == "iql")
+    _, _, _, terminals, timeouts = given["dataset"]
+    assert np.flatnonzero(terminals).tolist() == [39, 52]
+    assert np.flatnonzero(timeouts).tolist() == [47, 112, 132]  # the file's end is a time limit
+    still = ractd.evaluate(
+        lambda observations, _: np.zeros((len(observations), 1, 3)),
+        ractd.simulator(ENV, {"source": "file"}),
+        3,
+    )
+    assert result["returns"] == still["returns"]
 
 
 # ---- figures.py ---------------------------------------------------------------------------------
