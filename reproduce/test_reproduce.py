@@ -10,7 +10,6 @@ import sys
 import time
 import types
 from pathlib import Path
-from types import SimpleNamespace
 
 import gymnasium
 import h5py
@@ -294,18 +293,23 @@ def test_a_baseline_learns_from_the_data_and_acts_in_the_simulator(trained, monk
 
     def config(**options):
         given["options"] = options
-        return SimpleNamespace(create=lambda device: Learner())
+        return types.SimpleNamespace(create=lambda device: Learner())
 
-    algos = SimpleNamespace(TD3PlusBCConfig=config, IQLConfig=config)
-    scalers = {"StandardObservationScaler": object, "ReturnBasedRewardScaler": SimpleNamespace}
-    double = SimpleNamespace(
+    algos = types.SimpleNamespace(TD3PlusBCConfig=config, IQLConfig=config)
+    scalers = {
+        "StandardObservationScaler": object,
+        "ReturnBasedRewardScaler": types.SimpleNamespace,
+    }
+    double = types.SimpleNamespace(
         seed=lambda seed: given.update(seed=seed),
         algos=algos,
-        preprocessing=SimpleNamespace(**scalers),
-        logging=SimpleNamespace(NoopAdapterFactory=object),
+        preprocessing=types.SimpleNamespace(**scalers),
+        logging=types.SimpleNamespace(NoopAdapterFactory=object),
     )
     monkeypatch.setitem(sys.modules, "d3rlpy", double)
-    monkeypatch.setitem(sys.modules, "d3rlpy.dataset", SimpleNamespace(MDPDataset=lambda *x: x))
+    monkeypatch.setitem(
+        sys.modules, "d3rlpy.dataset", types.SimpleNamespace(MDPDataset=lambda *x: x)
+    )
     data = str(trained / "log.hdf5")
     flags = [f"--env={ENV}", f"--data={data}", f"--algorithm={algorithm}", "--out=b"]
     assert baselines.main([*flags, "--steps=7", "--seed=4", "--episodes=3"]) == 0
