@@ -2,7 +2,8 @@
 
     python -m reproduce.baselines --env hopper-medium-replay --algorithm iql [--data FILE]
 
-d3rlpy 2.8.1 (`pip install d3rlpy==2.8.1`, in an environment of its own: it brings the old gym).
+d3rlpy 2.8.1 needs an environment of its own: `pip install torch==2.13.0 d3rlpy==2.8.1`, then `pip
+install -r requirements.txt`, where pip says that d3rlpy wants an older gymnasium: it runs with ours.
 Its own hyperparameters but a batch of 256 and standardised observations; for IQL rewards scaled to
 returns of a range of 1000, as its authors do on these tasks. Acts in the simulator of `ractd.py
 evaluate`, deterministically, after the last step. Writes <out>/baseline_<algorithm>.json.
@@ -27,10 +28,8 @@ def make_algorithm(name, device):
     """d3rlpy's learner, untrained."""
     from d3rlpy import algos, preprocessing
 
-    common = {
-        "batch_size": 256,
-        "observation_scaler": preprocessing.StandardObservationScaler(),
-    }
+    standardised = preprocessing.StandardObservationScaler()
+    common = {"batch_size": 256, "observation_scaler": standardised}
     if name == "td3bc":
         return algos.TD3PlusBCConfig(**common).create(device)
     scaler = preprocessing.ReturnBasedRewardScaler(multiplier=1000)
@@ -57,12 +56,12 @@ def baseline(run):
     d3rlpy.seed(run.seed)
     algorithm = make_algorithm(run.algorithm, run.device)
     began = time.perf_counter()
-    algorithm.fit(
+    algorithm.fit(  # shows its own progress, with ETA
         episodes_of(dataset),
         n_steps=run.steps,
         n_steps_per_epoch=min(run.steps, 1000),
         logger_adapter=d3rlpy.logging.NoopAdapterFactory(),
-    )  # shows its own progress, with ETA
+    )
     seconds = time.perf_counter() - began
 
     def act(observations, _):
@@ -75,7 +74,7 @@ def baseline(run):
     about |= {"seed": run.seed, "episodes": run.episodes, "first_seed": run.first_seed}
     about |= {"train_s": seconds, "threads": torch.get_num_threads(), "score": mean, "sem": sem}
     write_json(path, {**about, **result})
-    print(f"{data_label(run.env, meta)}")
+    print(data_label(run.env, meta))
     print(f"{run.algorithm}, {run.steps:,} steps: {unit} {mean:.1f} +- {sem:.1f}, {seconds:.0f} s")
     print(f"All numbers: {path}")
 
