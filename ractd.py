@@ -4,7 +4,7 @@ A diffusion planner that needs one network call per action, learnt from logged d
 
     data --> teacher  D(x, t)     EDM diffusion of the next H actions, given the state    Eq. 4
       `----> reward   R(s, a)     return-to-go of a state and actions, on clean data      Eq. 8
-    teacher + reward --> tilted   D(x, t)     of p(x0 | s) exp(sigma R), for Eq. 8's gradient
+    teacher + reward --> tilted   D(x, t)     of p(x0 | s) exp(sigma R), in place of Eq. 8
       `----> student  G(x, t, k)    CTM + DSM losses (+ reward: paper-losses)         Eqs. 5-9
     student --> one call per action, closed loop in MuJoCo, D4RL normalised score
 
@@ -90,12 +90,12 @@ class Config:
     teacher_batch: int = option(256, TEACHER, "plans per step [1024]", 1, 100_000)
     teacher_lr: float = option(1e-3, TEACHER, "peak learning rate of AdamW [1e-4]", 1e-9, 1)
     teacher_warmup: int = option(200, TEACHER, "steps of linear warm-up [2000]", 0)
-    reward_target: str = option("return-to-go", REWARD, "in-sample td", choices=REWARD_TARGETS)
+    reward_target: str = option("return-to-go", REWARD, "td: n-step, on V", choices=REWARD_TARGETS)
     reward_actions: int = option(4, REWARD, "first actions of a plan that R sees [1]", 1, 1024)
     reward_networks: int = option(4, REWARD, "networks of which R is the mean [1]", 1, 64)
     gamma: float = option(0.99, REWARD, "discount of the return-to-go", 0, 0.9999)
     reward_steps: int = option(3000, REWARD, "gradient steps [314_000]", 1, 1e9)
-    reward_batch: int = option(256, REWARD, "transitions per step [64]", 1, 100_000)
+    reward_batch: int = option(256, REWARD, "rows per step, twice for V [64]", 1, 100_000)
     reward_lr: float = option(1e-3, REWARD, "peak learning rate of AdamW [2e-4]", 1e-9, 1)
     reward_warmup: int = option(20, REWARD, "steps of linear warm-up", 0)
     tilted_steps: int = option(1000, "tilted distill", "gradient steps; 0: Eq. 8 [0]", 0, 1e9)
@@ -108,13 +108,13 @@ class Config:
     path_batch: int = option(128, STUDENT, "whole teacher paths per step [0]", 0, 100_000)
     ctm_weight: float = option(1.0, STUDENT, "alpha of Eq. 9", 0, 1e6)
     dsm_weight: float = option(1.0, STUDENT, "beta of Eq. 9", 0, 1e6)
-    reward_weight: float = option(40.0, f"{STUDENT} tilted reward", "sigma; 0: CTD", 0, 1e6)
-    dsm_target: str = option("denoiser", STUDENT, "Eq. 7: g(x_t, t, t), G", choices=DSM_TARGETS)
+    reward_weight: float = option(40.0, f"{STUDENT} tilted reward", "sigma; 0: CTD [<= 1]", 0, 1e3)
+    dsm_target: str = option("denoiser", STUDENT, "Eq. 7: of g, or G [jump]", choices=DSM_TARGETS)
     episodes: int = option(20, "distill evaluate", "evaluation episodes; 100 for a report", 1)
     first_seed: int = option(0, "distill evaluate", "episode i has seed first_seed + i", 0)
     nfe: int = option(1, ACTING, "student: network calls per plan", 1, 80)
     teacher_points: int = option(20, "evaluate export", "teacher: n of Heun, 2 n - 3 calls", 3)
-    temperature: float = option(0.25, f"{ACTING} student", "scale of noise when acting [1]", 0, 100)
+    temperature: float = option(0.25, f"{ACTING} student", "scale of acting noise [1]", 0, 100)
     candidates: int = option(1, "distill evaluate", "plans per state, R's best acts", 1, 1024)
 
 
@@ -300,7 +300,7 @@ def decode(x, table):
 
 
 class Batches:
-    """A dataset as normalised tensors on the device; batches are drawn by indexing alone."""
+    """A dataset as normalised tensors on the device, where batches are drawn."""
 
     def __init__(self, dataset, horizon=16, gamma=0.99, device="cpu"):
         begins, ends = dataset.begins, dataset.ends
@@ -319,7 +319,7 @@ class Batches:
         self.chunk = torch.arange(horizon, device=device)
 
     def windows(self, batch, weights=None):
-        """Random windows, as likely as weights (W,): state (B, O), plan x0 (B, H, A) from there."""
+        """Random windows, as likely as weights (W,), or alike: state (B, O), plan x0 (B, H, A)."""
         weights = torch.ones_like(self.returns_to_go[self.starts]) if weights is None else weights
         drawn = self.starts[torch.multinomial(weights, batch, replacement=True)]
         return self.rows(drawn, len(self.chunk))
@@ -332,8 +332,8 @@ class Batches:
     def transitions(self, batch, actions=1, value=None):
         """Random rows t: state (B, O), actions (B, n, A) from there, R's target (B,).
 
-        It is the return-to-go G_t; with `value`, V: state -> (B,), n-step TD: V(s_{t+n}) is what
-        follows row t + n, if the episode has one: a fall or a time limit keeps its end, in G_t.
+        It is the return-to-go G_t; with `value`, V: state -> (B,), n-step TD: V(s_{t+n}) in place
+        of what follows from row t + n on, if the episode gets there; else it stays G_t.
         """
         t = torch.randint(len(self.obs), (batch,), device=self.obs.device)
         target = self.returns_to_go[t]
@@ -554,7 +554,7 @@ def mlp(c_in, width=256):
 
 
 class RewardModel(nn.Module):
-    """R: state (B, S), plan (B, H, A), its first `actions` -> return-to-go (B,). V: see `tilt`."""
+    """R: state (B, S), plan (B, H, A), its first `actions` -> scaled return-to-go (B,); V(s)."""
 
     def __init__(self, state_dim, action_dim, actions=1, networks=1):
         super().__init__()
@@ -578,16 +578,16 @@ def tilt(reward, value, sigma, cap=5.0):
     """exp(sigma (R - V)), the weight of a plan x0 in state s, at most exp(cap).
 
     reward, value (B,): R(s, x0) and V(s) = log E[exp(sigma R) | s] / sigma -> (B,), mean 1 in each
-    state. Plans of the data drawn so have the density p(x0 | s) exp(sigma R) / Z(s), that with the
-    largest E[R] - KL(. || p) / sigma, which is what Eq. 9 weighs; Eqs. 4 to 7 learn it as they are.
+    state. But for the cap, plans drawn so have the density p(x0 | s) exp(sigma R) / Z(s), that with
+    the largest E[R] - KL(. || p) / sigma, what Eq. 9 weighs; Eqs. 4 to 7 learn it as they are.
     """
     return (sigma * (reward - value)).clamp(max=cap).exp()
 
 
 def value_loss(reward, value, sigma, cap=5.0):
-    """(exp(z) - z - 1) / sigma^2, z = sigma (R - V), mean over the batch -> scalar; reward (B,).
+    """(exp(z) - z - 1) / sigma^2, z = sigma (R - V), mean over the batch -> scalar; R, V (B,).
 
-    Its minimiser is V(s) = log E[exp(sigma R) | s] / sigma (Garg et al. 2023). Linear beyond cap.
+    Its minimiser is V(s) = log E[exp(sigma R) | s] / sigma (Garg et al. 2023); linear beyond cap.
     """
     z = sigma * (reward - value)
     inside = z.clamp(max=cap)
@@ -660,7 +660,7 @@ def reward_loss(reward_model, state, plan):
 
 
 def distillation_loss(student, target, teacher, reward_model, state, x0, config):
-    """Eq. 9: alpha L_CTM + beta L_DSM + sigma L_Reward, on one batch -> (loss, info).
+    """Eq. 9: alpha (L_CTM + paths) + beta L_DSM + sigma L_Reward, on one batch -> (loss, info).
 
     student, target, teacher: networks; reward_model: callable (state, plan) -> (B,), or None for
     no Eq. 8; all but the student frozen. state (B, S), x0 (B, H, A); config: Config.
@@ -676,7 +676,7 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
     x_dsm = x0 + expand(t_dsm) * torch.randn_like(x0)
     n = min(config.path_batch, len(x0))
     x_T = config.temperature * SIGMA_MAX * torch.randn_like(x0[:n])
-    # forward: one network call for all losses, for smaller ones would take longer
+    # one network call for Eqs. 5 and 7 and the paths, for several smaller ones take longer
     parts = (x_t, t, k, state), (x_dsm, t_dsm, k_dsm, state), (x_T, top[:n], zero[:n], state[:n])
     x, start, end, states = (torch.cat(column) for column in zip(*parts, strict=True))
     g_ctm, g_dsm, g_T = denoise(student, x, start, states, end).split([len(x0), len(x0), n])
@@ -688,12 +688,12 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
     info = {"ctm": ctm.detach(), "dsm": dsm.detach()}
     if n:
         plan = jump_from(x_T, g_T, top[:n], zero[:n])
-        path = path_loss(plan, x_T, denoiser, karras_sigmas(7))
+        path = path_loss(plan, x_T, denoiser, karras_sigmas(7))  # 11 calls a path
         ctm, info["path"] = ctm + path, path.detach()
     loss = config.ctm_weight * ctm + config.dsm_weight * dsm
     if reward_model is None:
         return loss, info
-    x_T = SIGMA_MAX * torch.randn_like(x0)
+    x_T = config.temperature * SIGMA_MAX * torch.randn_like(x0)
     reward = reward_loss(reward_model, state, student_jump(student, x_T, top, zero, state))
     return loss + config.reward_weight * reward, info | {"R": -reward.detach()}
 
@@ -703,7 +703,7 @@ def student_sample(jump, x_T, sigmas, nfe=1, noise=torch.randn_like):
     """xhat_0 = G(x_T, T, 0), the policy's one network call; optionally nfe - 1 refinements.
 
     jump: callable (x, t, k) -> x, t and k floats; x_T (B, H, A): noise of scale T; sigmas (n,);
-    noise: callable, x -> N(0, 1) like x. Refinement i starts at sigmas[ceil(i n / nfe)].
+    noise: callable, x -> N(0, 1) like x, or cooler. Refinement i starts at sigmas[ceil(i n / nfe)].
     """
     *levels, smin = sigmas.tolist()
     x = jump(x_T, levels[0], smin)
@@ -737,7 +737,7 @@ def replacing(path):
 def load_checkpoint(path, stage, device="cpu"):
     """A checkpoint of that stage, or UserError saying what is wrong with the file."""
     if not Path(path).is_file():
-        raise UserError(f"no trained {stage} at {path}: `ractd.py distill` trains what is missing")
+        raise UserError(f"no trained {stage} at {path}: `ractd.py reward` or `distill` trains it")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         found, version = checkpoint["stage"], checkpoint.get("format", 1)
@@ -769,7 +769,7 @@ def log_progress(stage, step, steps, infos, seconds):
     for name, mean in means.items():  # the only point that waits for CUDA is the line above
         if not math.isfinite(mean):
             where = f"between steps {step - len(infos):,} and {step:,}"
-            raise UserError(f"{stage}: {name} is {mean} {where}; try a smaller --{stage}-lr")
+            raise UserError(f"{stage}: {name} is {mean} {where}; try a smaller learning rate")
     rate = len(infos) / seconds
     eta = datetime.timedelta(seconds=round((steps - step) / rate))
     numbers = "  ".join(f"{name} {mean:7.4f}" for name, mean in means.items())
@@ -780,9 +780,8 @@ def log_progress(stage, step, steps, infos, seconds):
 def fit(stage, net, loss_fn, config, path, meta):
     """Train `net` for config.<stage>_steps and leave a checkpoint at `path`; resumes by itself.
 
-    loss_fn(net, average) draws a batch -> (loss, {name: tensor}); average: net's EMA, frozen, the
-    result. meta: what else the checkpoint holds. torch's generator for the CPU is saved too: a run
-    there that was killed and is given again ends in the same bits. Ctrl-C saves.
+    loss_fn(net, average) draws a batch -> (loss, {name: tensor}); average: net's EMA, the result.
+    meta: what else the checkpoint holds. Ctrl-C saves; on the CPU resuming is exact, bit by bit.
     """
     average, device = copy.deepcopy(net).eval().requires_grad_(False), next(net.parameters()).device
     steps, like = getattr(config, f"{stage}_steps"), "teacher" if stage == "tilted" else stage
@@ -931,8 +930,7 @@ def evaluate(act, make_env, episodes=20, first_seed=0):
     """Closed-loop returns of `episodes` episodes in lockstep: one policy call for all that go on.
 
     act: (observations (B, O), B numpy Generators) -> plans (B, H, A), whose first action is carried
-    out; B is filled up to a multiple of 16. Episode i has seed first_seed + i, simulator and noise.
-    A return is the sum of the rewards (released: of their running maxima). -> dict of lists
+    out; B is a multiple of 16. Episode i, simulator, noise: seed first_seed + i. -> dict of lists
     """
     envs = [make_env() for _ in range(episodes)]
     observations = [env.reset(seed=first_seed + i)[0] for i, env in enumerate(envs)]
@@ -995,7 +993,7 @@ def evaluate_and_report(checkpoint, config, out, device="cpu"):
     return metrics
 
 
-# ---- 10. The pipeline: data -> teacher, reward model -> student ----------------------------------
+# ---- 10. The pipeline: data -> teacher, reward -> tilted -> student ------------------------------
 
 
 def weights_id(checkpoint):
@@ -1033,8 +1031,8 @@ def stage_loss(stage, config, batches, dims, built_on):
         state, plan, target = batches.transitions(config.reward_batch, net.actions, value)
         errors = (net.each(state, plan) - target).square().mean(1)
         state, plan, _ = batches.transitions(2 * config.reward_batch, net.actions)
-        log_mean = value_loss(average(state, plan), net.V(state), sigma or 1.0)  # 0: CTD has no V
-        return errors.sum() + log_mean, {"R": errors.mean().detach(), "V": log_mean.detach()}
+        v_loss = value_loss(average(state, plan), net.V(state), sigma or 1.0)  # 0: any V will do
+        return errors.sum() + v_loss, {"error": errors.mean().detach(), "V": v_loss.detach()}
 
     def student_loss(net, average):
         state, x0 = batches.windows(config.student_batch, weights)
@@ -1084,7 +1082,7 @@ def load_or_train(run, stage, batches, meta, built_on):
         recipe |= {name: weights_id(checkpoint) for name, checkpoint in built_on.items()}
     if path.exists():
         saved = load_checkpoint(path, stage, run.device)
-        check_compatible(path, saved["recipe"], recipe)
+        check_compatible(path, saved["recipe"], dict.fromkeys(saved["recipe"]) | recipe)
         if saved["step"] == saved["steps"]:
             print(f"{stage}: {path}, {saved['step']:,} steps in {saved['seconds']:.0f} s")
             return saved
@@ -1097,7 +1095,7 @@ def load_or_train(run, stage, batches, meta, built_on):
 
 
 def train(run):
-    """teacher, reward: that stage. distill: what is missing of both, the student, its score."""
+    """teacher, reward: that stage. distill: what is missing of all, the student, its score."""
     batches, meta = load_data(run)
     if run.command != "distill":
         load_or_train(run, run.command, batches, meta, {})
@@ -1127,7 +1125,7 @@ COMMANDS = {
     "data": "fetch the dataset and print what is in it",
     "teacher": "train the EDM diffusion teacher, Eq. 4",
     "reward": "train the reward model, a return-to-go",
-    "distill": "train what is missing of the above, then the student, Eq. 9, and score it",
+    "distill": "train what is missing of the above, tilt it, then the student, Eq. 9, and score it",
     "evaluate": "score a saved student or teacher",
     "export": "write a saved policy as one file that torch loads without this program",
 }
@@ -1177,6 +1175,8 @@ def make_config(run):
         value, low, high = values.get(field.name), field.metadata["low"], field.metadata["high"]
         if value is not None and low is not None and not low <= value <= high:
             raise UserError(f"--{field.name.replace('_', '-')} {value}: must be in {low} to {high}")
+    if values.get("reward_actions", Config.reward_actions) > values.get("horizon", Config.horizon):
+        raise UserError("--reward-actions must not be more than --horizon")
     return Config(**values)
 
 

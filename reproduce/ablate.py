@@ -2,7 +2,7 @@
 
     python -m reproduce.ablate --env hopper-medium-replay --what losses --episodes 100
 
-Teacher and reward model are shared, students lie in <out>/variants; what is finished is not
+What rows have in common is trained once; the rest lies in <out>/variants. What is finished is not
 repeated. Writes <out>/ablate_<what>.json and .png and prints the table.
 """
 
@@ -46,14 +46,14 @@ def ablations(config):
     The reward weights are multiples of the Config's own, as the paper's are of 1.
     """
     sigma, ctd, heun = config.reward_weight, {"reward_weight": 0.0}, {"teacher_points": 10}
-    gradient = {"tilted_steps": 0, "reward_actions": 1, "reward_weight": 0.5}  # as published
+    gradient = {"tilted_steps": 0, "reward_actions": 1, "reward_weight": 0.5}
     return {
         "reward-stage": [
             Row("teacher plain, student plain (CTD)", ctd, 50.8),
             Row("teacher tilted, student plain", ctd, 109.5, teacher="tilted"),
             Row("teacher tilted, student tilted (RACTD)", {}, 96.0),
             Row("teacher plain, student tilted", {}, 109.5, teacher="teacher"),
-            Row("Eq. 8 in place of the tilt, its sigma 0.5", gradient, 109.5),
+            Row("Eq. 8 in place of the tilt, its sigma 0.5", gradient),
         ],
         "reward-weight": [
             Row("no reward (CTD)", ctd, 50.8),
@@ -63,7 +63,7 @@ def ablations(config):
         ],
         "losses": [
             Row("all three", {}, 109.5),
-            Row("without CTM", {"ctm_weight": 0.0}),
+            Row("without CTM and whole paths", {"ctm_weight": 0.0}),
             Row("CTM without whole paths", {"path_batch": 0}),
             Row("without DSM", {"dsm_weight": 0.0}, 1.5),
             Row("without reward (CTD)", ctd, 50.8),

@@ -170,7 +170,9 @@ def peak_memory(device):
 def bench(run):
     """Measure all of it, write bench.json, print the table."""
     experiment, config = Experiment(run), run.config
-    models = {stage: experiment.model(stage) for stage in STAGES[:-1]}
+    tilts = config.tilted_steps and config.reward_weight
+    stages = [stage for stage in STAGES if stage != "tilted" or tilts]
+    models = {stage: experiment.model(stage) for stage in stages[:-1]}
     models["student"] = experiment.student()
     policies = {}
     for name, (stage, changes) in SAMPLERS.items():
@@ -179,7 +181,7 @@ def bench(run):
     print("time per action", flush=True)
     one, many = action_times(policies, experiment.meta["dims"], run.device)
     train = {}
-    for stage in STAGES:
+    for stage in stages:
         print(f"training steps: {stage}", flush=True)
         train[stage] = training_speed(experiment, stage, models)
     score = {}

@@ -76,8 +76,10 @@ class Experiment:
 
     def model(self, stage, changes=None):
         """The checkpoint of teacher, reward model or tilted teacher, with `changes` of Config."""
-        built_on = {}
+        built_on, config = {}, dataclasses.replace(self.run.config, **(changes or {}))
         if stage == "tilted":
+            if not (config.tilted_steps and config.reward_weight):
+                raise ractd.UserError("no tilted teacher without --tilted-steps, --reward-weight")
             built_on = {name: self.model(name, changes) for name in ("teacher", "reward")}
         run = self.variant([stage, *built_on], changes or {})
         return ractd.load_or_train(run, stage, self.batches, self.meta, built_on)

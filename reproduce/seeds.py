@@ -93,7 +93,7 @@ def seeds(run):
 def main(argv=None):
     """The command line -> exit code, see `run_command`."""
     parser = make_parser("seeds", __doc__)
-    text = "training seeds, a run each (default: 0 1 2)"
+    text = "training seeds, a run each, in place of --seed (default: 0 1 2)"
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S", help=text)
     return run_command("seeds.py", lambda: seeds(parse_run(parser, argv)))
 

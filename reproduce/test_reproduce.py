@@ -281,6 +281,12 @@ def test_reward_stages_exchange_the_teacher_and_the_windows_of_the_student(run, 
 # ---- seeds.py -----------------------------------------------------------------------------------
 
 
+def test_without_a_tilt_no_teacher_is_called_tilted(run, capsys):
+    _, flags = run
+    for flag in ("--tilted-steps=0", "--reward-weight=0"):
+        refused(capsys, seeds.main([*flags, flag, "--out=x"]), "tilted teacher", "--tilted-steps")
+
+
 def test_every_seed_is_a_run_of_its_own_and_the_table_has_their_mean_and_worst(run, monkeypatch):
     out, flags = run
     flags = [flag for flag in flags if "--out" not in flag] + ["--out=all", "--seeds", "3", "0"]
