@@ -2,9 +2,10 @@
 
     python -m reproduce.seeds --env hopper-medium-replay --seeds 0 1 2 --episodes 100
 
-Each seed has a run folder of its own, <out>/seed<s>; what is finished is not repeated. RACTD by one,
-two and four calls and as the best of 4 and 16 candidates for every seed; teacher, tilted teacher
-(both by Heun's method, 10 points) and CTD for the first one. Writes <out>/seeds.json and .png and prints the table.
+Each seed has a run folder of its own, <out>/seed<s>; what is finished is not repeated. RACTD by
+one, two and four calls and as the best of 4 and 16 candidates for every seed; teacher, tilted
+teacher (both by Heun's method, 10 points) and CTD for the first one. Writes <out>/seeds.json and
+.png and prints the table.
 """
 
 import copy
