@@ -194,7 +194,7 @@ class Dataset:
 
 
 def load_dataset(env, data=""):
-    """The Dataset of --data, else D4RL's of `env`, or the bundled one; UserError if there is none."""
+    """The Dataset of --data, else D4RL's of `env`, else the bundled one, or UserError."""
     if data.startswith("minari:"):
         return read_minari(data.removeprefix("minari:"))
     if data:
