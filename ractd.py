@@ -585,7 +585,7 @@ def tilt(reward, value, sigma, cap=5.0):
 
 
 def value_loss(reward, value, sigma, cap=5.0):
-    """(exp(z) - z - 1) / sigma^2, z = sigma (R - V), mean over the batch -> scalar; R, V (B,).
+    """(exp(z) - z - 1) / sigma^2, z = sigma (R - V), mean over the batch; both (B,) -> scalar.
 
     Its minimiser is V(s) = log E[exp(sigma R) | s] / sigma (Garg et al. 2023); linear beyond cap.
     """
@@ -597,7 +597,7 @@ def value_loss(reward, value, sigma, cap=5.0):
 def path_loss(plan, x_T, teacher, sigmas, distance=pseudo_huber):
     """d(G(x_T, T, 0), the end of the teacher's path from x_T), mean over the batch -> scalar.
 
-    Eq. 5 for u = k = 0: the jump that acts learns where it acts, not through a chain of jumps.
+    Eq. 5 for u = k = 0 (Kim et al. 2024 draw u freely): no chain of jumps for the one that acts.
     plan, x_T (B, H, A): the student's, with gradient, and its noise; the rest as in `heun_sample`.
     """
     return distance(plan, heun_sample(teacher, x_T, sigmas)).mean()
