@@ -315,14 +315,15 @@ class Batches:
         self.obs, self.actions, go = (encode(x, self.normalizer[name]) for name, x in raw.items())
         self.returns_to_go, self.gamma = go.squeeze(1), gamma  # (N,)
         self.starts = torch.tensor(starts, device=device)  # (W,)
+        self.even = torch.arange(1.0, len(starts) + 1, dtype=torch.float64, device=device)
         self.lasts = torch.tensor(np.repeat(ends, ends - begins + 1), device=device)  # (N,)
         self.chunk = torch.arange(horizon, device=device)
 
-    def windows(self, batch, weights=None):
-        """Random windows, as likely as weights (W,), or alike: state (B, O), plan x0 (B, H, A)."""
-        weights = torch.ones_like(self.returns_to_go[self.starts]) if weights is None else weights
-        drawn = self.starts[torch.multinomial(weights, batch, replacement=True)]
-        return self.rows(drawn, len(self.chunk))
+    def windows(self, batch, cumulative=None):
+        """Random windows, state (B, O) and plan x0 (B, H, A); cumulative: of their weights (W,)."""
+        weights = self.even if cumulative is None else cumulative
+        u = weights[-1] * torch.rand(batch, dtype=torch.float64, device=weights.device)
+        return self.rows(self.starts[torch.searchsorted(weights, u)], len(self.chunk))
 
     def rows(self, rows, actions):
         """States (B, O) of rows (B,), the actions (B, actions, A) from there, the last repeated."""
@@ -975,9 +976,8 @@ def evaluate_and_report(checkpoint, config, out, device="cpu"):
     metrics = {"env": env, "dataset": data, "method": method, "weights": weights_id(checkpoint)}
     how = ("episodes", "first_seed", "temperature", "candidates")
     metrics |= {"calls": policy.calls} | {name: getattr(config, name) for name in how}
-    metrics |= {**result, "return_mean": mean}
-    score = {"score_mean": scores[0], "score_sem": sem}
-    metrics |= {key: x if math.isfinite(x) else None for key, x in score.items()}  # JSON: no NaN
+    score = {"return_mean": mean, "score_mean": scores[0], "score_sem": sem}
+    metrics |= result | {key: x if math.isfinite(x) else None for key, x in score.items()}  # no NaN
     name = "{method}_{weights}_calls{calls}_N{candidates}_T{temperature}_seeds{first_seed}-{n}"
     path = out / f"score_{name.format(n=first + n - 1, **metrics)}.json"
     with replacing(path) as f:
@@ -1022,7 +1022,7 @@ def stage_loss(stage, config, batches, dims, built_on):
     device, sigma = batches.obs.device, config.reward_weight
 
     def teacher_loss(net, _):
-        state, x0 = batches.windows(config.teacher_batch, weights)
+        state, x0 = batches.windows(config.teacher_batch, tilted)
         t, noise = lognormal_levels(len(x0), device), torch.randn_like(x0)
         return edm_loss(lambda x, t: denoise(net, x, t, state), x0, t, noise, distance), {}
 
@@ -1035,25 +1035,25 @@ def stage_loss(stage, config, batches, dims, built_on):
         return errors.sum() + v_loss, {"error": errors.mean().detach(), "V": v_loss.detach()}
 
     def student_loss(net, average):
-        state, x0 = batches.windows(config.student_batch, weights)
-        gradient = reward_model if weights is None else None  # tilted: without Eq. 8
+        state, x0 = batches.windows(config.student_batch, tilted)
+        gradient = R if tilted is None else None  # tilted: without Eq. 8
         return distillation_loss(net, average, teacher, gradient, state, x0, config)
 
     if stage == "reward":
         size = (config.reward_actions, config.reward_networks)
         return RewardModel(*dims, *size).to(device), reward_model_loss
-    teacher, weights, reward_model = make_unet(config, dims).to(device), None, None
+    teacher, tilted, R = make_unet(config, dims).to(device), None, None
     if stage == "teacher":
         return teacher, teacher_loss
     teacher.load_state_dict(built_on["tilted" if "tilted" in built_on else "teacher"]["ema"])
     if sigma:
-        reward_model = make_reward_model(built_on["reward"], dims).to(device)
+        R = make_reward_model(built_on["reward"], dims).to(device)
         if config.tilted_steps:
             pairs = (batches.rows(t, config.reward_actions) for t in batches.starts.split(4096))
-            R, V = reward_model, reward_model.V
-            weights = torch.cat([tilt(R(*pair), V(pair[0]), sigma) for pair in pairs])
-            effective = (weights.sum() ** 2 / weights.square().sum()).item()
-            print(f"tilt: the {len(weights):,} weights are worth {effective:,.0f} equal ones")
+            weights = torch.cat([tilt(R(*pair), R.V(pair[0]), sigma) for pair in pairs])
+            worth = (weights.sum() ** 2 / weights.square().sum()).item()
+            print(f"tilt: the {len(weights):,} weights are worth {worth:,.0f} equal ones")
+            tilted = weights.double().cumsum(0)
     if stage == "tilted":
         return teacher, teacher_loss
     student = make_unet(config, dims, student=True).to(device)
