@@ -231,8 +231,16 @@ def fetch_d4rl(env):
         raise UserError(f"{what} ({error}); try again, or give --data FILE") from None
 
 
+def flat(observation):
+    """An array as it is; of a goal dict `desired_goal` and `observation` side by side: (..., O)."""
+    if not isinstance(observation, dict):
+        return observation
+    keys = sorted(observation.keys() - {"achieved_goal"})
+    return np.concatenate([flat(observation[key]) for key in keys], axis=-1)
+
+
 def read_minari(dataset_id):
-    """A Minari dataset of Box observations and actions: local, or through Minari's download."""
+    """A Minari dataset, observations by `flat`, Box actions: local, or by Minari's download."""
     import minari
 
     keys = ("observations", "actions", "rewards", "terminations", "truncations")
@@ -240,12 +248,12 @@ def read_minari(dataset_id):
         missing = dataset_id not in minari.list_local_datasets()
         episodes = list(minari.load_dataset(dataset_id, download=missing).iterate_episodes())
         # an episode has one observation more than actions: the last one, on which nobody acted
-        columns = [np.concatenate([getattr(e, key)[: len(e)] for e in episodes]) for key in keys]
+        rows = [np.concatenate([flat(getattr(e, key))[: len(e)] for e in episodes]) for key in keys]
     except (ImportError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         hint = "Box spaces? network? pip install 'minari[hf,gcs]'?"
         raise UserError(f"minari:{dataset_id} cannot be read ({error}); {hint}") from None
-    columns[4][np.cumsum([len(e) for e in episodes]) - 1] = True  # also where it was cut off
-    return Dataset(dataset_id, "minari", columns)
+    rows[4][np.cumsum([len(e) for e in episodes]) - 1] = True  # also where it was cut off
+    return Dataset(dataset_id, "minari", rows)
 
 
 def read_hdf5(path, name, source):
@@ -385,18 +393,19 @@ class ResidualBlock(nn.Module):
 
 
 class UNet1d(nn.Module):
-    """The network F, a U-Net over a plan of H actions: (x, embedding, state) -> (B, H, A).
+    """The network F, a U-Net over a plan of H actions or states: (x, embedding, state) -> (B, H, A).
 
     x (B, H, A); embedding: `embed(t)`, a student's `embed(t, k)`; state (B, S). H: a multiple of
     patch * 2^(levels - 1), as `patch` actions become one position, and each level halves those.
+    Attribute pinned: places (h, a) of a plan that hold the state's first columns at all levels.
     """
 
     def __init__(
-        self, action_dim, state_dim, channels=(64, 128), kernel=3, blocks=1, patch=4, student=False
+        self, plan_dim, state_dim, channels=(64, 128), kernel=3, blocks=1, patch=4, student=False
     ):
         super().__init__()
-        waves, widths = min(2 * channels[0], 256), (patch * action_dim, *channels)
-        self.patch, c = patch, 2 * waves
+        waves, widths = min(2 * channels[0], 256), (patch * plan_dim, *channels)
+        self.patch, self.pinned, c = patch, (), 2 * waves
         frequencies = 250 * 10_000 ** -torch.linspace(0, 1, waves // 2)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.level_in = nn.Linear(2 * waves if student else waves, c)  # of t; a student: t and k
@@ -417,6 +426,13 @@ class UNet1d(nn.Module):
             double = nn.Linear(below, 2 * width)  # one position -> two
             self.up.append(nn.ModuleList([double, stack(blocks, 2 * width, width)]))
         self.out = nn.Linear(channels[0], widths[0])
+
+    def pin(self, x, state):
+        """x (B, H, A), at the pinned places the clean values of the state (B, S)."""
+        if self.pinned:
+            (h, a), x = zip(*self.pinned, strict=True), x.clone()
+            x[:, h, a] = state[:, : len(h)]
+        return x
 
     def embed(self, *levels):
         """Noise levels t (a student: t, k), floats or (B,) -> (1 or B, C), MLP of sinusoids."""
@@ -488,7 +504,7 @@ def denoise(net, x, t, state, k=None, level=None):
     smin x itself. level: what `precondition` gave, for fixed levels or for other constants.
     """
     c_skip, c_out, c_in, embedding = level or precondition(net, t, k)
-    return c_skip * x + c_out * net(c_in * x, embedding, state)
+    return net.pin(c_skip * x + c_out * net(net.pin(c_in * x, state), embedding, state), state)
 
 
 def heun_step(denoiser, x, t, u, smin=SIGMA_MIN):
@@ -614,7 +630,7 @@ def jump_from(x, g, t, k):
 
 def student_jump(net, x, t, k, state, level=None):
     """G(x, t, k) of Eq. 6: from noise level t straight to k <= t by one network call: (B, H, A)."""
-    return jump_from(x, denoise(net, x, t, state, k, level), t, k)
+    return jump_from(net.pin(x, state), denoise(net, x, t, state, k, level), t, k)
 
 
 def draw_jumps(batch, sigmas):
@@ -920,11 +936,12 @@ def simulator(env, data):
         if data["source"].startswith("minari"):
             import minari
 
-            make = minari.load_dataset(data["name"]).recover_environment
+            minari_set = minari.load_dataset(data["name"])
+            make = functools.partial(minari_set.recover_environment, eval_env=True)
         make().close()
-        return make
     except (gymnasium.error.Error, ImportError, OSError, LookupError, ValueError) as error:
         raise UserError(f"the environment of {env} cannot be made ({error})") from None
+    return lambda **options: gymnasium.wrappers.TransformObservation(make(**options), flat, None)
 
 
 def evaluate(act, make_env, episodes=20, first_seed=0):
@@ -955,8 +972,13 @@ def evaluate(act, make_env, episodes=20, first_seed=0):
     return {"returns": returns, "lengths": lengths}
 
 
-def normalized_score(env, value):
-    """D4RL score of a return or an array: 0 = random policy, 100 = expert; NaN: no reference."""
+def normalized_score(env, value, data=None):
+    """Minari's or D4RL's score of a return or an array: 0 random, 100 expert; NaN: no reference."""
+    if data and data["source"].startswith("minari"):
+        import minari
+
+        with contextlib.suppress(ValueError):
+            return 100 * minari.get_normalized_score(minari.load_dataset(data["name"]), value)
     _, random, expert = TASKS.get(env.split("-")[0], (None, math.nan, math.nan))
     return 100 * (value - random) / (expert - random)
 
@@ -971,7 +993,7 @@ def evaluate_and_report(checkpoint, config, out, device="cpu"):
     print(f"evaluation: {n} episodes, {policy.calls} network call(s) per plan", flush=True)
     result = evaluate(policy.act, simulator(env, data), n, first)
     mean = float(np.mean(result["returns"]))
-    scores = normalized_score(env, np.array([mean, *result["returns"]])).tolist()
+    scores = normalized_score(env, np.array([mean, *result["returns"]]), data).tolist()
     sem = float(np.std(scores[1:], ddof=1) / math.sqrt(n)) if n > 1 else math.nan
     metrics = {"env": env, "dataset": data, "method": method, "weights": weights_id(checkpoint)}
     how = ("episodes", "first_seed", "temperature", "candidates")
@@ -985,8 +1007,8 @@ def evaluate_and_report(checkpoint, config, out, device="cpu"):
     print(f"\n{env} on {data['name']} ({data['source']}), {n} episodes from seed {first}")
     print(f"{'':<32}   return    score  std. err.")
     for label in ("best", "mean"):
-        value = data[f"return_{label}"]
-        print(f"{f'data, {label} episode':<32}{value:9.0f}{normalized_score(env, value):9.1f}")
+        x = data[f"return_{label}"]
+        print(f"{f'data, {label} episode':<32}{x:9.0f}{normalized_score(env, x, data):9.1f}")
     label = f"{method}, {policy.calls} call(s), N = {config.candidates}"
     print(f"{label:<32}{mean:9.0f}{scores[0]:9.1f}{sem:11.1f}")
     print(f"All numbers: {path}")
@@ -1008,7 +1030,7 @@ def load_data(run):
     meta = {"env": run.env, "dataset": dataset.summary()}
     env = simulator(run.env, meta["dataset"])()
     dims = [dataset.observations.shape[1], dataset.actions.shape[1]]
-    sizes = [math.prod(space.shape) for space in (env.observation_space, env.action_space)]
+    sizes = [np.size(env.reset(seed=0)[0]), math.prod(env.action_space.shape)]
     if dims != sizes:
         raise UserError(f"{dataset.name} has {dims} observations and actions, {run.env} {sizes}")
     batches = Batches(dataset, horizon, run.config.gamma, run.device)
@@ -1069,10 +1091,11 @@ def check_compatible(path, saved, asked):
         raise UserError("\n".join([f"{path} was made otherwise:", *lines, way_out]))
 
 
-def load_or_train(run, stage, batches, meta, built_on):
+def load_or_train(run, stage, batches, meta, built_on, make=None):
     """The finished checkpoint of a stage, from the run's folder or trained now.
 
-    built_on: the checkpoints of the stages before. UserError if a file there was made otherwise.
+    built_on: checkpoints of the stages before; make: what takes the place of `stage_loss`, for
+    other plans. UserError if a file there was made otherwise.
     """
     path = run.out / f"{stage}.pt"
     fields = [f.name for f in dataclasses.fields(Config) if stage in f.metadata["commands"]]
@@ -1087,7 +1110,7 @@ def load_or_train(run, stage, batches, meta, built_on):
             print(f"{stage}: {path}, {saved['step']:,} steps in {saved['seconds']:.0f} s")
             return saved
     torch.manual_seed(run.config.seed)
-    net, loss_fn = stage_loss(stage, run.config, batches, meta["dims"], built_on)
+    net, loss_fn = (make or stage_loss)(stage, run.config, batches, meta["dims"], built_on)
     print(f"{stage}: {sum(p.numel() for p in net.parameters()):,} parameters", flush=True)
     meta = {**meta, "recipe": recipe, "config": dataclasses.asdict(run.config)}
     fit(stage, net, loss_fn, run.config, path, meta)

@@ -185,6 +185,9 @@ def test_the_last_step_is_eulers_so_that_samples_have_the_variance_of_the_data()
         def embed(self, t):
             return t
 
+        def pin(self, x, state):
+            return x
+
         def __call__(self, scaled, t, state):
             x = scaled * math.sqrt(t**2 + 0.25)
             skip, out = 0.25 / ((t - 0.02) ** 2 + 0.25), 0.5 * (t - 0.02) / math.sqrt(t**2 + 0.25)
@@ -248,6 +251,9 @@ def test_the_networks_input_has_unit_variance_and_the_denoiser_is_the_identity_a
     class Net:
         def embed(self, t):
             return None
+
+        def pin(self, x, state):
+            return x
 
         def __call__(self, x, embedding, state):
             seen.append(x)

@@ -23,6 +23,7 @@ import ractd
 from reproduce.common import (
     STAGES,
     Experiment,
+    in_turns,
     make_parser,
     parse_run,
     points,
@@ -42,35 +43,6 @@ SAMPLERS = {
     "best_of_16": ("student", {"candidates": 16}),
 }
 BATCH = 128  # of the second column of times
-
-
-def in_turns(calls, turns=50, seconds=0.01):
-    """{name: callable} -> {name: [median, interquartile range]} in ms, after warm-up.
-
-    The calls take turns, each for about `seconds`: a machine that slows down slows them all alike.
-    CUDA is waited for.
-    """
-
-    def once(call):
-        began = time.perf_counter()
-        call()
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        return 1000 * (time.perf_counter() - began)
-
-    repeats = {}
-    for name, call in calls.items():
-        shortest = min(once(call), once(call))
-        repeats[name] = max(1, int(1000 * seconds / shortest))
-    times = {name: [] for name in calls}
-    for _ in range(turns):
-        for name, call in calls.items():
-            times[name] += [once(call) for _ in range(repeats[name])]
-    summary = {}
-    for name, values in times.items():
-        low, median, high = np.percentile(values, (25, 50, 75))
-        summary[name] = [float(median), float(high - low)]
-    return summary
 
 
 def network_passes(step):

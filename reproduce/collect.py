@@ -2,6 +2,7 @@
 
     python -m reproduce.collect --env walker2d-medium-replay [--steps N] [--seed S] [--out FILE]
     python -m reproduce.collect --env Hopper-v5 --kind medium      any gymnasium id, Box spaces
+    python -m reproduce.collect --env maze2d-umaze [--noise 0.5]   a drive through a maze, no SAC
 
 After Fu et al. 2020 (D4RL, arXiv 2004.07219), with stable-baselines3's SAC and its own defaults:
     medium-replay   every transition of one training run of --steps steps, from the first one on
@@ -12,11 +13,17 @@ After Fu et al. 2020 (D4RL, arXiv 2004.07219), with stable-baselines3's SAC and 
 Policies act stochastically. Scores on such data cannot be compared with those on D4RL's files.
 100,000 training steps take from twenty minutes to an hour on one core; nothing is resumed. The
 default of --steps is about what one run took to become medium, for medium-expert 1,000,000.
+
+maze2d-umaze, -medium, -large: a controller that knows the map drives from random goal to random goal
+in gymnasium-robotics' PointMaze, 1,000,000 steps without a reset in two minutes, as a Minari set of
+this machine. D4RL's maze2d files and Minari's D4RL/pointmaze sets are made this way; they differ in
+frame and goal radius (D4RL's), or have an action noise of 0.5 N (Minari's: --noise 0.5).
 """
 
 import argparse
 import datetime
 import io
+import math
 import os
 import shlex
 import sys
@@ -27,6 +34,7 @@ import gymnasium
 import numpy as np
 
 from ractd import ENVS, TASKS, UserError, read_hdf5, replacing
+from reproduce import pointmaze
 from reproduce.common import run_command
 
 # training steps after which the mean return of one run passed MEDIUM_SCORE
@@ -183,8 +191,27 @@ def write_hdf5(path, arrays):
         f.write(buffer.getbuffer())
 
 
+def run_maze(args):
+    """The same for a maze, whose data are a local Minari set."""
+    maze = pointmaze.Maze(args.env.removeprefix("maze2d-"))
+    steps = 1_000_000 if args.steps is None else args.steps
+    if steps < 1 or not 0 <= args.noise < math.inf:
+        raise UserError("--steps must be at least 1, --noise at least 0")
+    if args.kind:
+        raise UserError("--kind is for SAC's data: leave it out")
+    dataset_id = pointmaze.collect(maze, steps, args.noise, args.seed, args.out)
+    print(f"minari:{dataset_id}: {steps:,} steps")
+    print(f"next: python -m reproduce.maze2d --maze {maze.name} --data minari:{dataset_id}")
+
+
 def run(args):
     """What the command line asks for: check, collect, write, say what came out and what is next."""
+    if not 0 <= args.seed < 2**31:
+        raise UserError("--seed must be from 0 to 2^31 - 1")
+    if args.env.startswith("maze2d-"):
+        return run_maze(args)
+    if args.noise:
+        raise UserError("--noise is for the mazes' data: leave it out")
     if args.env in ENVS:
         task, kind = args.env.split("-", 1)
         env_id = TASKS[task][0]
@@ -201,8 +228,6 @@ def run(args):
         raise UserError(f"{path.parent} is not a folder that can be written to")
     if min(steps, args.transitions) < 200:  # SAC acts at random for its first 100 steps
         raise UserError("--steps and --transitions must be at least 200")
-    if not 0 <= args.seed < 2**31:
-        raise UserError("--seed must be from 0 to 2^31 - 1")
     write_hdf5(path, collect(env_id, task, kind, steps, args.transitions, args.seed))
     print(read_hdf5(path, path.name, "file"))
     print(f"next: python ractd.py distill --env {args.env} --data {shlex.quote(str(path))}")
@@ -213,17 +238,19 @@ def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("collect.py", description=__doc__, formatter_class=raw)
     kinds, add = ("medium", "medium-replay", "medium-expert"), parser.add_argument
-    add("--env", required=True, help=f"{', '.join(ENVS)} or any gymnasium id")
+    mazes = ", ".join(f"maze2d-{name}" for name in pointmaze.MAZES)
+    add("--env", required=True, help=f"{', '.join(ENVS)}, {mazes} or any gymnasium id")
     add("--kind", choices=kinds, help="with a gymnasium id (default: medium-replay)")
     text = ", ".join(f"{task} {steps:,}" for task, steps in MEDIUM_STEPS.items())
     add(
         "--steps",
         type=int,
-        help=f"of training (default: {text}, others 200,000; medium-expert 1,000,000)",
+        help=f"of training (default: {text}, others 200,000; medium-expert, maze2d 1,000,000)",
     )
+    add("--noise", type=float, default=0.0, help="maze2d: std of action noise, N (default: 0)")
     add("--transitions", type=int, default=200_000, help="rows of rollouts (default: %(default)s)")
     add("--seed", type=int, default=0, help="same seed, same file (default: %(default)s)")
-    add("--out", help="file to write (default: ENV.hdf5)")
+    add("--out", help="file to write (default: ENV.hdf5); maze2d: Minari id (maze2d/<maze>-v0)")
     return run_command("collect.py", lambda: run(parser.parse_args(argv)))
 
 

@@ -5,8 +5,10 @@ import copy
 import dataclasses
 import json
 import sys
+import time
 
 import numpy as np
+import torch
 
 import ractd
 
@@ -49,13 +51,14 @@ def run_command(program, command):
 class Experiment:
     """The data of a run and models trained on them, each once; finished ones are not repeated.
 
-    run: of `parse_run`; batches, meta: of `ractd.load_data`. A model with other hyperparameters
-    than the run's has a folder of its own, <out>/variants/<name>; the others lie in <out>.
+    run: of `parse_run`; batches, meta: of load(run), as `ractd.load_data`'s; make: what takes the
+    place of `ractd.stage_loss`. A model with other hyperparameters than the run's has a folder of
+    its own, <out>/variants/<name>; the others lie in <out>.
     """
 
-    def __init__(self, run):
-        self.run = run
-        self.batches, self.meta = ractd.load_data(run)
+    def __init__(self, run, load=ractd.load_data, make=None):
+        self.run, self.make = run, make
+        self.batches, self.meta = load(run)
 
     def variant(self, stages, changes, name=""):
         """The run with `changes` of Config, in the folder of those that matter to these stages.
@@ -82,7 +85,7 @@ class Experiment:
                 raise ractd.UserError("no tilted teacher without --tilted-steps, --reward-weight")
             built_on = {name: self.model(name, changes) for name in ("teacher", "reward")}
         run = self.variant([stage, *built_on], changes or {})
-        return ractd.load_or_train(run, stage, self.batches, self.meta, built_on)
+        return ractd.load_or_train(run, stage, self.batches, self.meta, built_on, self.make)
 
     def student(self, changes=None, teacher=None, name=""):
         """The checkpoint of the student with `changes` of Config.
@@ -96,7 +99,7 @@ class Experiment:
             built_on["reward"] = self.model("reward", changes)
             if run.config.tilted_steps:
                 built_on["tilted"] = teacher or self.model("tilted", changes)
-        return ractd.load_or_train(run, "student", self.batches, self.meta, built_on)
+        return ractd.load_or_train(run, "student", self.batches, self.meta, built_on, self.make)
 
     def score(self, checkpoint, changes=None):
         """The metrics of a model acting with `changes` of Config: from their file, or made now."""
@@ -114,6 +117,35 @@ class Experiment:
                 print(f"{checkpoint['stage']}: score from {path}")
                 return metrics
         return ractd.evaluate_and_report(checkpoint, config, out, device)
+
+
+def in_turns(calls, turns=50, seconds=0.01):
+    """{name: callable} -> {name: [median, interquartile range]} in ms, after warm-up.
+
+    The calls take turns, each for about `seconds`: a machine that slows down slows them all alike.
+    CUDA is waited for.
+    """
+
+    def once(call):
+        began = time.perf_counter()
+        call()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - began)
+
+    repeats = {}
+    for name, call in calls.items():
+        shortest = min(once(call), once(call))
+        repeats[name] = max(1, int(1000 * seconds / shortest))
+    times = {name: [] for name in calls}
+    for _ in range(turns):
+        for name, call in calls.items():
+            times[name] += [once(call) for _ in range(repeats[name])]
+    summary = {}
+    for name, values in times.items():
+        low, median, high = np.percentile(values, (25, 50, 75))
+        summary[name] = [float(median), float(high - low)]
+    return summary
 
 
 def points(env, returns):

@@ -138,6 +138,26 @@ def draw_video(run):
     print(f"{path}: an episode of {len(frames) - 1} steps")
 
 
+def draw_maze(result, maze, path):
+    """The maze from above, ten plans of each method and what was driven; result: maze2d.json's."""
+    rows = [row for row in result["rows"] if "plans" in row]
+    title = f"{result['maze']}, single-task: ten plans of {result['horizon']} states (colour), driven (black)"
+    figure, axes = canvas(3 * len(rows), 3.2, title, ncols=len(rows), squeeze=False)
+    height, width = maze.walls.shape
+    for axis, row in zip(axes[0], rows, strict=True):
+        extent = (-width / 2, width / 2, -height / 2, height / 2)
+        axis.imshow(maze.walls, cmap="Greys", extent=extent, vmax=2)
+        for plan, driven in zip(row["plans"], row["driven"], strict=True):
+            axis.plot(*np.transpose(plan), color=COLORS[row["label"].split(",")[0]], linewidth=1)
+            axis.plot(*np.transpose(driven), color="black", linewidth=0.5)
+            axis.plot(*plan[0], "k.", markersize=4)
+        axis.plot(*maze.fixed_goal, "*", color="black", markersize=9)
+        score = f"{row['single']['score_mean']:.0f}"
+        axis.set_title(f"{row['label']}: {row['calls']} calls, score {score}", fontsize=8)
+        axis.set(xticks=[], yticks=[])
+    save_picture(figure, path)
+
+
 FIGURES = {
     "returns": draw_returns,
     "speed": draw_speed,

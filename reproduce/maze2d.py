@@ -1,0 +1,347 @@
+"""Maze2d: plans of states, a whole drive in one network call, carried out open loop.
+
+    python -m reproduce.maze2d --maze umaze                     data, training, scores, picture
+    python -m reproduce.maze2d --data minari:D4RL/pointmaze/umaze-v2 --maze umaze
+    python -m reproduce.maze2d --maze umaze --video             the first episode as GIF
+
+A plan is H states (x, y and their velocities); the first one and the last one's position, the goal,
+are pinned: they hold clean values at every noise level, in the denoiser and in the jump. R is the
+return-to-go of one state and a goal, and Eq. 8 sums it over the student's one-call plan. A PD rule
+drives from the true state to the next planned one; after the plan its end is held. Data that are
+not there are made first by D4RL's recipe (`reproduce.collect`). What is finished is not repeated.
+All flags of `python ractd.py distill` are taken too, with these defaults:
+"""
+
+import dataclasses
+import hashlib
+import sys
+
+import numpy as np
+import torch
+
+import ractd
+from reproduce import figures, pointmaze
+from reproduce.common import Experiment, in_turns, make_parser, run_command, write_json
+
+COMMON = "--channels 32 64 128 --kernel 5 --patch 8 --teacher-batch 128 --reward-steps 2000 --grid-points 20"
+COMMON += " --student-batch 128 --path-batch 64 --tilted-steps 0 --temperature 1 --episodes 100"
+FLAGS = {  # the small preset of every maze
+    "umaze": f"--horizon 128 --teacher-steps 6000 --student-steps 1500 --reward-weight 0.1 {COMMON}",
+    "medium": f"--horizon 256 --teacher-steps 6000 --student-steps 1500 --reward-weight 0.1 {COMMON}",
+    "large": f"--horizon 384 --teacher-steps 6000 --student-steps 1500 --reward-weight 0.1 {COMMON}",
+}
+PINNED = ((0, 0), (0, 1), (0, 2), (0, 3), (-1, 0), (-1, 1))  # first state, last position
+ROWS = (  # label, who acts, changes of Config
+    ("teacher, 20 points", "teacher", {"teacher_points": 20}),
+    ("teacher, 80 points", "teacher", {"teacher_points": 80}),
+    ("CTD", "student", {"reward_weight": 0.0}),
+    ("RACTD", "student", {}),
+)
+
+
+def read_trajectories(dataset_id):
+    """The drives of a local or published Minari set: a list of states (T, 4), or UserError.
+
+    An episode whose first observation is the last one of the episode before continues it.
+    """
+    import minari
+
+    try:
+        missing = dataset_id not in minari.list_local_datasets()
+        episodes = minari.load_dataset(dataset_id, download=missing).iterate_episodes()
+        states = [np.float32(episode.observations["observation"]) for episode in episodes]
+        goals = minari.load_dataset(dataset_id).observation_space["desired_goal"].shape
+    except (ImportError, OSError, ValueError) as error:
+        hint = "network? pip install 'minari[hf,gcs]'?"
+        raise ractd.UserError(f"minari:{dataset_id} cannot be read ({error}); {hint}") from None
+    except (TypeError, KeyError, IndexError, AttributeError):
+        raise ractd.UserError(f"minari:{dataset_id} has no goals: no plan of states") from None
+    if goals != (2,) or states[0].shape[1] != 4:
+        raise ractd.UserError(
+            f"minari:{dataset_id} is no PointMaze: x, y, velocities, a goal's x, y"
+        )
+    drives = [[states[0]]]
+    for state in states[1:]:
+        if np.array_equal(drives[-1][-1][-1], state[0]):
+            drives[-1].append(state[1:])
+        else:
+            drives.append([state])
+    return [np.concatenate(drive) for drive in drives]
+
+
+class StateBatches:
+    """Drives as normalised tensors on the device, where batches of plans of states are drawn."""
+
+    def __init__(self, drives, horizon, gamma, device):
+        lengths = np.array([len(drive) for drive in drives])
+        begins = np.cumsum(lengths) - lengths
+        starts = ractd.window_starts(begins, begins + lengths - 1, horizon)
+        if not len(starts):
+            longest = lengths.max()
+            raise ractd.UserError(f"--horizon {horizon}: the longest drive has {longest} states")
+        self.raw = torch.tensor(np.concatenate(drives), device=device)  # (N, 4)
+        self.normalizer = {"obs": ractd.fit_range(self.raw)}
+        self.obs = ractd.encode(self.raw, self.normalizer["obs"])
+        self.starts = torch.tensor(starts, device=device)
+        self.lasts = torch.tensor(np.repeat(begins + lengths - 1, lengths), device=device)
+        self.chunk = torch.arange(horizon, device=device)
+        # after this many steps a reward counts for less than a hundredth
+        self.discounts = gamma ** torch.arange(int(np.log(0.01) / np.log(gamma)), device=device)
+
+    def windows(self, batch):
+        """Random windows: condition (B, 6), the first state and the goal, and plan x0 (B, H, 4)."""
+        starts = self.starts[torch.randint(len(self.starts), (batch,), device=self.obs.device)]
+        x0 = self.obs[starts[:, None] + self.chunk]
+        return torch.cat([x0[:, 0], x0[:, -1, :2]], dim=1), x0
+
+    def returns(self, batch):
+        """One state of each of random windows beside its goal (B, 6), R's target there (B,).
+
+        The target is the share of the discounted future within 0.5 of the goal, 0 to 1.
+        """
+        starts = self.starts[torch.randint(len(self.starts), (batch,), device=self.obs.device)]
+        goals, rows = (
+            starts + len(self.chunk) - 1,
+            starts + torch.randint_like(starts, len(self.chunk)),
+        )
+        later = rows[:, None] + torch.arange(len(self.discounts), device=rows.device)
+        later = torch.minimum(later, self.lasts[rows, None])
+        distances = (self.raw[later, :2] - self.raw[goals, None, :2]).norm(dim=2)
+        target = (self.discounts * (distances <= pointmaze.GOAL_RADIUS)).sum(1)
+        inputs = torch.cat([self.obs[rows], self.obs[goals, :2]], dim=1)
+        return inputs, target / self.discounts.sum()
+
+
+def load_maze(run):
+    """The data of a run -> (StateBatches, meta), as `ractd.load_data`."""
+    dataset_id = run.data.removeprefix("minari:")
+    drives = read_trajectories(dataset_id)
+    states = np.concatenate(drives)
+    goal = run.maze.center(run.maze.goal_cell)
+    if run.maze.in_wall(states[:, :2]).any():
+        raise ractd.UserError(f"{run.data} is of another maze than --maze {run.maze.name}")
+    there = np.linalg.norm(states[:, :2] - goal, axis=1) <= pointmaze.GOAL_RADIUS
+    print(
+        f"data: {dataset_id}: {len(states):,} states in {len(drives)} drives, {there.mean():.1%} at the goal"
+    )
+    config = run.config
+    batches = StateBatches(drives, config.horizon, config.gamma, run.device)
+    sha256 = hashlib.sha256(states.tobytes()).hexdigest()
+    dataset = {"name": dataset_id, "source": "minari", "sha256": sha256, "transitions": len(states)}
+    meta = {"env": run.env, "dataset": dataset, "dims": [6, 4], "normalizer": batches.normalizer}
+    return batches, meta
+
+
+def make_unet(config, dims, student=False):
+    """`ractd.make_unet` for a plan of states, its ends pinned."""
+    net = ractd.make_unet(config, dims, student)
+    net.pinned = PINNED
+    return net
+
+
+def plan_return(reward_model, state, plan):
+    """R summed over the states of a plan (B, H, 4), with the goals of conditions (B, 6): (B,)."""
+    goals = state[:, None, 4:].expand(-1, plan.shape[1], -1)
+    return (
+        reward_model(torch.cat([plan, goals], dim=2).flatten(0, 1)).reshape(plan.shape[:2]).sum(1)
+    )
+
+
+def maze_loss(stage, config, batches, dims, built_on):
+    """(network, loss_fn(net, average)) of teacher, reward model or student, as `ractd.stage_loss`."""
+    device = batches.obs.device
+
+    def teacher_loss(net, _):
+        state, x0 = batches.windows(config.teacher_batch)
+        t, noise = ractd.lognormal_levels(len(x0), device), torch.randn_like(x0)
+        return ractd.edm_loss(lambda x, t: ractd.denoise(net, x, t, state), x0, t, noise), {}
+
+    def reward_model_loss(net, _):
+        inputs, target = batches.returns(config.reward_batch)
+        return (net(inputs) - target).square().mean(), {}
+
+    def student_loss(net, average):
+        state, x0 = batches.windows(config.student_batch)
+        return ractd.distillation_loss(net, average, teacher, reward, state, x0, config)
+
+    if stage == "reward":
+        return ractd.mlp(6, 128).to(device), reward_model_loss
+    teacher, reward = make_unet(config, dims).to(device), None
+    if stage == "teacher":
+        return teacher, teacher_loss
+    teacher.load_state_dict(built_on["teacher"]["ema"])
+    if config.reward_weight:
+        R = ractd.mlp(6, 128).to(device)
+        R.load_state_dict(built_on["reward"]["ema"])
+        R.eval().requires_grad_(False)
+        reward = lambda state, plan: plan_return(R, state, plan)
+    student = make_unet(config, dims, student=True).to(device)
+    ractd.warm_start(student, teacher.eval().requires_grad_(False))
+    return student, student_loss
+
+
+class Planner:
+    """A loaded teacher or student: observations (B, 6) -> plans of states (B, H, 4), both raw."""
+
+    def __init__(self, checkpoint, config, device):
+        self.student, self.config = checkpoint["stage"] == "student", config
+        self.net = make_unet(config, checkpoint["dims"], self.student).to(device)
+        self.net.eval().requires_grad_(False).load_state_dict(checkpoint["ema"])
+        self.table = checkpoint["normalizer"]["obs"].to(device)
+        points = config.grid_points if self.student else config.teacher_points
+        self.sigmas, self.device = ractd.karras_sigmas(points), device
+        self.calls = config.nfe if self.student else 2 * points - 3
+
+    @torch.inference_mode()
+    def __call__(self, observations, generators):
+        """generators: a numpy Generator for the noise of each row."""
+        config, net = self.config, self.net
+        state = torch.tensor(observations, dtype=torch.float32, device=self.device)
+        goal = ractd.encode(state[:, 4:], self.table[:, :2])
+        state = torch.cat([ractd.encode(state[:, :4], self.table), goal], dim=1)
+        noise = [g.standard_normal((config.horizon, 4), np.float32) for g in generators]
+        x_T = (
+            config.temperature * ractd.SIGMA_MAX * torch.tensor(np.stack(noise), device=self.device)
+        )
+        if self.student:
+            jump = lambda x, t, k: ractd.student_jump(net, x, t, k, state)
+            x = ractd.student_sample(jump, x_T, self.sigmas, config.nfe)
+        else:
+            denoiser = lambda x, t: ractd.denoise(net, x, t, state)
+            x = ractd.heun_sample(denoiser, net.pin(x_T, state), self.sigmas)
+        return ractd.decode(x.clamp(-1, 1), self.table).cpu().numpy()
+
+
+class OpenLoop:
+    """Carries out plans in `ractd.evaluate`: planned once, or again after every `replan` steps."""
+
+    def __init__(self, planner, replan=0):
+        self.planner, self.replan, self.step = planner, replan, 0
+        self.first, self.driven = None, []  # for the picture
+
+    def __call__(self, observations, generators):
+        if self.step == 0 or self.replan and self.step % self.replan == 0:
+            self.plans, self.planned = self.planner(observations, generators), self.step
+            self.first = self.plans if self.first is None else self.first
+        self.driven.append(observations[:, :2])
+        i = self.step + 1 - self.planned
+        self.step += 1
+        target = self.plans[:, min(i, self.plans.shape[1] - 1)]
+        if i >= self.plans.shape[1]:  # hold the end
+            target = np.concatenate([target[:, :2], np.zeros_like(target[:, 2:])], axis=1)
+        error = target - observations[:, :4]
+        return (error[:, :2] + error[:, 2:]).clip(-1, 1)[
+            :, None
+        ]  # as released; a plan of one action
+
+
+class DataController:
+    """The controller that made the data, in `ractd.evaluate`; knows the map."""
+
+    calls = 0
+
+    def __init__(self, maze):
+        self.maze, self.controllers = maze, None
+
+    def __call__(self, observations, generators):
+        if self.controllers is None:
+            self.controllers = [pointmaze.Controller(self.maze, x[:2], x[4:]) for x in observations]
+        pairs = zip(self.controllers, observations, strict=True)
+        return np.stack([control(x) for control, x in pairs])[:, None]
+
+
+def drive(act, run, random_goals):
+    """100 episodes, single- or multi-task -> scores, their mean and error, share that got there."""
+    config = run.config
+    make_env = lambda: pointmaze.MazeTask(run.maze, random_goals)
+    returns = ractd.evaluate(act, make_env, config.episodes, config.first_seed)["returns"]
+    scores = run.maze.score(returns)
+    sem = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
+    result = {"score_mean": float(scores.mean()), "score_sem": float(sem), "returns": returns}
+    return result | {"reached": float(np.mean(np.array(returns) > 0))}
+
+
+def measure(run, label, planner):
+    """One row: both tasks, and what the plans of the first one are like."""
+    row = {"label": label, "calls": planner.calls if planner else 0}
+    for task, random_goals in (("single", False), ("multi", True)):
+        print(f"\n== {label}: {task}-task", flush=True)
+        act = OpenLoop(planner, run.replan) if planner else DataController(run.maze)
+        row[task] = drive(act, run, random_goals)
+        if planner and not random_goals:
+            plans = act.first[: run.config.episodes]
+            jumps = np.linalg.norm(np.diff(plans[:, :, :2], axis=1), axis=2).max(1)
+            row["wall"] = float(run.maze.in_wall(plans[..., :2]).any(1).mean())
+            row["jump"] = float(jumps.mean())
+            row["plans"] = plans[:10, :, :2].tolist()
+            row["driven"] = np.stack(act.driven, axis=1)[: len(row["plans"])].tolist()
+    return row
+
+
+def maze2d(run):
+    """Train what is missing, measure all rows, write maze2d.json, print the table, draw it."""
+    maze, config = run.maze, run.config
+    experiment = Experiment(run, load_maze, maze_loss)
+    rows, planners = [measure(run, "controller of the data", None)], {}
+    for label, actor, changes in ROWS:
+        model = experiment.student(changes) if actor == "student" else experiment.model(actor)
+        acting = dataclasses.replace(config, **changes)
+        planners[label] = Planner(model, acting, run.device)
+        rows.append(measure(run, label, planners[label]) | {"train_s": model["seconds"]})
+    example = np.concatenate([maze.center(maze.cells[0]), np.zeros(2), maze.fixed_goal])[None]
+    generators = [np.random.default_rng(0)]
+    calls = {label: lambda p=p: p(example, generators) for label, p in planners.items()}
+    for label, (ms, iqr) in in_turns(calls, turns=10).items():
+        next(row for row in rows if row["label"] == label).update(ms=ms, ms_iqr=iqr)
+    path = run.out / "maze2d.json"
+    about = {"maze": maze.name, "dataset": experiment.meta["dataset"], "seed": config.seed}
+    about |= {"episodes": config.episodes, "first_seed": config.first_seed, "replan": run.replan}
+    result = about | {"horizon": config.horizon, "rows": rows}
+    write_json(path, result)
+    print_table(result)
+    print(f"All numbers: {path}")
+    figures.draw_maze(result, maze, path.with_suffix(".png"))
+
+
+def print_table(result):
+    """What maze2d.json holds, to be read."""
+    print(
+        f"\n{result['maze']} on {result['dataset']['name']}: plans of {result['horizon']} states, "
+        f"{result['episodes']} episodes from seed {result['first_seed']}"
+    )
+    print(
+        f"{'D4RL score':24}calls   ms/plan   single-task  there    multi-task  there   wall  jump"
+    )
+    for row in result["rows"]:
+        line = f"{row['label']:24}{row['calls']:5}{row.get('ms', np.nan):10.1f}"
+        for task in ("single", "multi"):
+            one = row[task]
+            line += f"{one['score_mean']:8.1f} +- {one['score_sem']:.1f}{one['reached']:6.0%}"
+        print(line + (f"{row['wall']:8.0%}{row['jump']:7.2f}" if "wall" in row else ""))
+
+
+def main(argv=None):
+    """The command line -> exit code, see `run_command`."""
+    parser = make_parser("maze2d", __doc__ + "\n".join(f"    {m}: {f}" for m, f in FLAGS.items()))
+    add = parser.add_argument
+    add("--maze", required=True, metavar="MAZE", help=", ".join(FLAGS))
+    add("--data", help="minari:ID of a PointMaze set (default: D4RL's recipe, made here)")
+    add("--replan", type=int, default=0, help="steps between plans (default: 0, one an episode)")
+
+    def command():
+        own, rest = parser.parse_known_args(argv)
+        maze = pointmaze.Maze(own.maze)
+        data = own.data or f"minari:{pointmaze.local_id(maze.name)}"
+        flags = [f"--env=maze2d-{maze.name}", f"--data={data}", *FLAGS[maze.name].split(), *rest]
+        run = ractd.build_parser().parse_args(["distill", *flags])
+        ractd.resolve(run)
+        run.maze, run.replan = maze, own.replan
+        if not own.data and not pointmaze.exists(pointmaze.local_id(maze.name)):
+            pointmaze.collect(maze)
+        maze2d(run)
+
+    return run_command("maze2d.py", command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""D4RL's Maze2d in gymnasium-robotics' PointMaze: the mazes, its task, its data recipe.
+
+Physics, maps and time limits are D4RL's. What differs: the frame (x to the right, y up, the maze's
+middle is 0); starts lie within 0.25 of a cell's centre, at rest and not at the goal; random goals
+within 0.25 of a cell's centre. A goal counts within D4RL's radius of 0.5, PointMaze's own is 0.45.
+"""
+
+import datetime
+import time
+from collections import deque
+
+import gymnasium
+import numpy as np
+
+from ractd import UserError
+
+# name -> gymnasium id, fixed goal's cell (row, column), returns that are D4RL's scores 0 and 100
+MAZES = {
+    "umaze": ("PointMaze_UMaze-v3", (1, 1), 23.85, 161.86),
+    "medium": ("PointMaze_Medium-v3", (6, 6), 13.13, 277.39),
+    "large": ("PointMaze_Large-v3", (7, 9), 6.7, 273.99),
+}
+GOAL_RADIUS, WAYPOINT_RADIUS = 0.5, 0.1  # D4RL's
+DT = 0.01  # seconds in a step
+
+
+def make_simulator(name, **options):
+    """PointMaze, whose goal moves and episodes end only by their time limit; UserError if it cannot be."""
+    gymnasium.logger.min_level = gymnasium.logger.ERROR  # no advice on other environments
+    try:
+        import gymnasium_robotics
+    except ImportError as error:
+        command = "pip install gymnasium-robotics==1.4.2"
+        raise UserError(f"the mazes need a package that is not here ({error}): {command}") from None
+    gymnasium.register_envs(gymnasium_robotics)
+    return gymnasium.make(MAZES[name][0], continuing_task=True, reset_target=False, **options)
+
+
+class Maze:
+    """The map of a maze: cells (row, column), and positions x, y, a cell being 1 wide."""
+
+    def __init__(self, name):
+        if name not in MAZES:
+            raise UserError(f"--maze {name} is unknown; there are {', '.join(MAZES)}")
+        self.name, self.goal_cell = name, MAZES[name][1]
+        simulator = make_simulator(name)
+        self.steps = simulator.spec.max_episode_steps
+        self.walls = np.array(simulator.unwrapped.maze.maze_map) == 1  # (rows, columns)
+        self.cells = [tuple(cell) for cell in np.argwhere(~self.walls).tolist()]
+        self.fixed_goal = self.center(self.goal_cell)
+        self.routes = {goal: self.routes_to(goal) for goal in self.cells}
+
+    def center(self, cell):
+        """The middle of a cell: (2,)."""
+        rows, columns = self.walls.shape
+        return np.array([cell[1] + 0.5 - columns / 2, rows / 2 - cell[0] - 0.5])
+
+    def cell(self, position):
+        """The cell of a position (2,)."""
+        rows, columns = self.walls.shape
+        return int(rows / 2 - position[1]), int(position[0] + columns / 2)
+
+    def in_wall(self, positions):
+        """Whether positions (..., 2) lie in a wall, or beyond the outer ones: (...,)."""
+        rows, columns = self.walls.shape
+        row = np.clip(rows / 2 - positions[..., 1], 0, rows - 1).astype(int)
+        column = np.clip(positions[..., 0] + columns / 2, 0, columns - 1).astype(int)
+        return self.walls[row, column]
+
+    def routes_to(self, goal):
+        """{cell: the next one on a shortest path to the cell `goal`}, by breadth-first search."""
+        following, queue = {goal: goal}, deque([goal])
+        while queue:
+            row, column = here = queue.popleft()
+            for cell in (
+                (row + 1, column),
+                (row, column + 1),
+                (row - 1, column),
+                (row, column - 1),
+            ):
+                if not self.walls[cell] and cell not in following:
+                    following[cell] = here
+                    queue.append(cell)
+        return following
+
+    def score(self, returns):
+        """D4RL's normalised scores of returns."""
+        _, _, random, expert = MAZES[self.name]
+        return 100 * (np.asarray(returns) - random) / (expert - random)
+
+
+class MazeTask(gymnasium.Wrapper):
+    """D4RL's task: a reward of 1 in each step that ends within 0.5 of the goal, until the time limit.
+
+    Observation (6,): x, y, their velocities, and the goal's x, y. The goal is D4RL's fixed one
+    (single-task), or with random_goals one of the simulator's for each episode (multi-task).
+    """
+
+    def __init__(self, maze, random_goals=False, **options):
+        super().__init__(make_simulator(maze.name, **options))
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (6,))
+        self.fixed = None if random_goals else maze.fixed_goal
+        self.reset_options = {} if random_goals else {"goal_cell": np.array(maze.goal_cell)}
+
+    def reset(self, seed=None, options=None):
+        observation, info = self.env.reset(seed=seed, options=self.reset_options | (options or {}))
+        if self.fixed is not None:  # without the simulator's noise
+            set_goal(self.unwrapped, self.fixed)
+        return self.with_goal(observation), info
+
+    def step(self, action):
+        observation, _, _, truncated, info = self.env.step(action)
+        distance = np.linalg.norm(observation["achieved_goal"] - self.unwrapped.goal)
+        return self.with_goal(observation), float(distance <= GOAL_RADIUS), False, truncated, info
+
+    def with_goal(self, observation):
+        return np.concatenate([observation["observation"], self.unwrapped.goal])
+
+
+def set_goal(simulator, goal):
+    """Move the goal, and its mark in pictures."""
+    simulator.goal = goal
+    simulator.update_target_site_pos()
+
+
+class Controller:
+    """D4RL's: from cell to cell along a shortest path, by a PD rule towards the next centre."""
+
+    def __init__(self, maze, position, goal):
+        self.maze, self.goal, self.last = maze, goal, maze.cell(goal)
+        self.next = maze.routes[self.last][maze.cell(position)]
+
+    def __call__(self, observation):
+        """Observation, x, y and velocities first -> action (2,)."""
+        position, velocity = observation[:2], observation[2:4]
+        waypoint = self.goal if self.next == self.last else self.maze.center(self.next)
+        if self.next != self.last and np.linalg.norm(waypoint - position) < WAYPOINT_RADIUS:
+            self.next = self.maze.routes[self.last][self.next]
+        return np.clip(10 * (waypoint - position) - velocity, -1, 1)
+
+
+def record(maze, steps, noise=0.0, seed=0):
+    """D4RL's recipe: `steps` rows of one continuous drive from random goal to random goal.
+
+    A new goal (a uniform cell, +- 0.1) is set within 0.1 of the old one, or after the time limit;
+    nothing is reset. noise: standard deviation of what is added to an action (N, before it is
+    clipped). -> the list of minari.EpisodeBuffer, cut at the goals. Says every 10 s how far it is.
+    """
+    from minari.data_collector import EpisodeBuffer
+
+    rng, simulator = np.random.default_rng(seed), make_simulator(maze.name).unwrapped
+    observation, _ = simulator.reset(seed=seed)
+    episodes, done, began = [], 0, time.monotonic()
+    told = began
+    while done < steps:
+        goal = maze.center(maze.cells[rng.integers(len(maze.cells))]) + rng.uniform(-0.1, 0.1, 2)
+        set_goal(simulator, goal)
+        controller = Controller(maze, observation["achieved_goal"], goal)
+        observation = observation | {"desired_goal": goal}
+        observations, actions, rewards = [observation], [], []
+        while len(actions) < min(maze.steps, steps - done):
+            action = controller(observation["observation"]) + noise * rng.normal(size=2)
+            actions.append(np.clip(action, -1, 1).astype(np.float32))
+            observation, reward, *_ = simulator.step(actions[-1])
+            observations.append(observation)
+            rewards.append(float(reward))
+            if np.linalg.norm(observation["achieved_goal"] - goal) < WAYPOINT_RADIUS:
+                break
+        done += len(actions)
+        ends = np.arange(1, len(actions) + 1) == len(actions)
+        columns = {key: np.stack([x[key] for x in observations]) for key in observation}
+        buffer = {"observations": columns, "actions": np.stack(actions), "rewards": rewards}
+        buffer |= {"terminations": np.zeros_like(ends), "truncations": ends}
+        episodes.append(EpisodeBuffer(id=len(episodes), **buffer))
+        now = time.monotonic()
+        if now - told > 10:
+            told, rate = now, done / (now - began)
+            left = datetime.timedelta(seconds=round((steps - done) / rate))
+            print(
+                f"{maze.name}: {done / steps:4.0%} of {steps:,} rows  {rate:.0f}/s  ETA {left}",
+                flush=True,
+            )
+    return episodes
+
+
+def local_id(name, noise=0.0):
+    """The Minari id under which `collect` keeps a maze's data on this machine."""
+    return f"maze2d/{name}{'-noisy' if noise else ''}-v0"
+
+
+def exists(dataset_id):
+    """Whether Minari has that set on this machine."""
+    import minari
+
+    return dataset_id in minari.list_local_datasets()
+
+
+def collect(maze, steps=1_000_000, noise=0.0, seed=0, dataset_id=None):
+    """Record a maze's data as a local Minari set, with D4RL's reference scores -> its id."""
+    import minari
+
+    dataset_id = dataset_id or local_id(maze.name, noise)
+    if exists(dataset_id):
+        raise UserError(f"{dataset_id} exists: `minari delete {dataset_id}`, or give another --out")
+    _, _, random, expert = MAZES[maze.name]
+    minari.create_dataset_from_buffers(
+        dataset_id,
+        record(maze, steps, noise, seed),
+        env=make_simulator(maze.name).spec,
+        ref_min_score=random,
+        ref_max_score=expert,
+        algorithm_name="shortest path and PD controller, after D4RL's Maze2d",
+        description=f"{steps:,} rows, action noise {noise}, seed {seed}",
+    )
+    return dataset_id
