@@ -323,15 +323,14 @@ class Batches:
         self.obs, self.actions, go = (encode(x, self.normalizer[name]) for name, x in raw.items())
         self.returns_to_go, self.gamma = go.squeeze(1), gamma  # (N,)
         self.starts = torch.tensor(starts, device=device)  # (W,)
-        self.even = torch.arange(1.0, len(starts) + 1, dtype=torch.float64, device=device)
         self.lasts = torch.tensor(np.repeat(ends, ends - begins + 1), device=device)  # (N,)
         self.chunk = torch.arange(horizon, device=device)
 
-    def windows(self, batch, cumulative=None):
-        """Random windows, state (B, O) and plan x0 (B, H, A); cumulative: of their weights (W,)."""
-        weights = self.even if cumulative is None else cumulative
-        u = weights[-1] * torch.rand(batch, dtype=torch.float64, device=weights.device)
-        return self.rows(self.starts[torch.searchsorted(weights, u)], len(self.chunk))
+    def windows(self, batch, weights=None):
+        """Random windows, as likely as weights (W,), or alike: state (B, O), plan x0 (B, H, A)."""
+        weights = torch.ones_like(self.returns_to_go[self.starts]) if weights is None else weights
+        drawn = self.starts[torch.multinomial(weights, batch, replacement=True)]
+        return self.rows(drawn, len(self.chunk))
 
     def rows(self, rows, actions):
         """States (B, O) of rows (B,), the actions (B, actions, A) from there, the last repeated."""
@@ -397,7 +396,7 @@ class UNet1d(nn.Module):
 
     x (B, H, A); embedding: `embed(t)`, a student's `embed(t, k)`; state (B, S). H: a multiple of
     patch * 2^(levels - 1), as `patch` actions become one position, and each level halves those.
-    Attribute pinned: places (h, a) of a plan that hold the state's first columns at all levels.
+    pinned: places (h, a) of a plan that hold the state's first columns, clean at all noise levels.
     """
 
     def __init__(
@@ -936,8 +935,8 @@ def simulator(env, data):
         if data["source"].startswith("minari"):
             import minari
 
-            minari_set = minari.load_dataset(data["name"])
-            make = functools.partial(minari_set.recover_environment, eval_env=True)
+            recover = minari.load_dataset(data["name"]).recover_environment
+            make = lambda **options: recover(eval_env=True, **options)
         make().close()
     except (gymnasium.error.Error, ImportError, OSError, LookupError, ValueError) as error:
         raise UserError(f"the environment of {env} cannot be made ({error})") from None
@@ -1044,7 +1043,7 @@ def stage_loss(stage, config, batches, dims, built_on):
     device, sigma = batches.obs.device, config.reward_weight
 
     def teacher_loss(net, _):
-        state, x0 = batches.windows(config.teacher_batch, tilted)
+        state, x0 = batches.windows(config.teacher_batch, weights)
         t, noise = lognormal_levels(len(x0), device), torch.randn_like(x0)
         return edm_loss(lambda x, t: denoise(net, x, t, state), x0, t, noise, distance), {}
 
@@ -1057,14 +1056,14 @@ def stage_loss(stage, config, batches, dims, built_on):
         return errors.sum() + v_loss, {"error": errors.mean().detach(), "V": v_loss.detach()}
 
     def student_loss(net, average):
-        state, x0 = batches.windows(config.student_batch, tilted)
-        gradient = R if tilted is None else None  # tilted: without Eq. 8
+        state, x0 = batches.windows(config.student_batch, weights)
+        gradient = R if weights is None else None  # tilted: without Eq. 8
         return distillation_loss(net, average, teacher, gradient, state, x0, config)
 
     if stage == "reward":
         size = (config.reward_actions, config.reward_networks)
         return RewardModel(*dims, *size).to(device), reward_model_loss
-    teacher, tilted, R = make_unet(config, dims).to(device), None, None
+    teacher, weights, R = make_unet(config, dims).to(device), None, None
     if stage == "teacher":
         return teacher, teacher_loss
     teacher.load_state_dict(built_on["tilted" if "tilted" in built_on else "teacher"]["ema"])
@@ -1075,7 +1074,6 @@ def stage_loss(stage, config, batches, dims, built_on):
             weights = torch.cat([tilt(R(*pair), R.V(pair[0]), sigma) for pair in pairs])
             worth = (weights.sum() ** 2 / weights.square().sum()).item()
             print(f"tilt: the {len(weights):,} weights are worth {worth:,.0f} equal ones")
-            tilted = weights.double().cumsum(0)
     if stage == "tilted":
         return teacher, teacher_loss
     student = make_unet(config, dims, student=True).to(device)
@@ -1094,8 +1092,7 @@ def check_compatible(path, saved, asked):
 def load_or_train(run, stage, batches, meta, built_on, make=None):
     """The finished checkpoint of a stage, from the run's folder or trained now.
 
-    built_on: checkpoints of the stages before; make: what takes the place of `stage_loss`, for
-    other plans. UserError if a file there was made otherwise.
+    built_on: those of the stages before; make: in place of `stage_loss`. UserError if made otherwise.
     """
     path = run.out / f"{stage}.pt"
     fields = [f.name for f in dataclasses.fields(Config) if stage in f.metadata["commands"]]

@@ -112,7 +112,7 @@ def ablate(run):
     for i, row in enumerate(todo):
         print(f"\n== {run.what}, row {i + 1} of {len(todo)}: {row.label}", flush=True)
         metrics = measure(experiment, row)
-        mean, sem, unit = points(run.env, metrics["returns"])
+        mean, sem, unit = points(run.env, metrics["returns"], experiment.meta["dataset"])
         result = {"calls": metrics["calls"], "score": mean, "sem": sem, "unit": unit}
         rows.append(dataclasses.asdict(row) | result | {"returns": metrics["returns"]})
     data, path = experiment.meta["dataset"], run.out / f"ablate_{run.what}.json"
@@ -128,7 +128,7 @@ def ablate(run):
         paper = "" if row["paper"] is None else row["paper"]
         print(f"{row['label']:44}{row['calls']:5}{row['score']:18.1f}{row['sem']:11.1f}{paper:>8}")
     print(f"All numbers: {path}")
-    draw(rows, title, points(run.env, [data["return_mean"]])[0], path.with_suffix(".png"))
+    draw(rows, title, points(run.env, [data["return_mean"]], data)[0], path.with_suffix(".png"))
 
 
 def draw(rows, title, data_mean, path):

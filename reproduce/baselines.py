@@ -68,7 +68,7 @@ def baseline(run):
         return algorithm.predict(observations.astype(np.float32))[:, None]  # plans of one action
 
     result = ractd.evaluate(act, make_env, run.episodes, run.first_seed)
-    mean, sem, unit = points(run.env, result["returns"])
+    mean, sem, unit = points(run.env, result["returns"], meta)
     path = run.out / f"baseline_{run.algorithm}.json"
     about = {"env": run.env, "dataset": meta, "algorithm": run.algorithm, "steps": run.steps}
     about |= {"seed": run.seed, "episodes": run.episodes, "first_seed": run.first_seed}

@@ -161,7 +161,7 @@ def bench(run):
         for name, (stage, changes) in SAMPLERS.items():
             print(f"score of {name}", flush=True)
             returns = experiment.score(models[stage], changes)["returns"]
-            score[name] = points(run.env, returns)
+            score[name] = points(run.env, returns, experiment.meta["dataset"])
     print(f"{config.episodes} episodes, timed", flush=True)
     make_env = ractd.simulator(run.env, experiment.meta["dataset"])
     network_s = []

@@ -148,9 +148,12 @@ def in_turns(calls, turns=50, seconds=0.01):
     return summary
 
 
-def points(env, returns):
-    """Returns of episodes -> (mean, standard error, unit): D4RL scores, or returns without one."""
-    results, unit = ractd.normalized_score(env, np.array(returns)), "normalised score"
+def points(env, returns, data=None):
+    """Returns of episodes -> (mean, standard error, unit): scores, or returns where there is none.
+
+    data: what a checkpoint says of the data, for Minari's own scores.
+    """
+    results, unit = ractd.normalized_score(env, np.array(returns), data), "normalised score"
     if not np.isfinite(results).all():
         results, unit = np.array(returns), "return"
     sem = results.std(ddof=1) / len(results) ** 0.5 if len(results) > 1 else 0.0

@@ -138,24 +138,49 @@ def draw_video(run):
     print(f"{path}: an episode of {len(frames) - 1} steps")
 
 
-def draw_maze(result, maze, path):
-    """The maze from above, ten plans of each method and what was driven; result: maze2d.json's."""
-    rows = [row for row in result["rows"] if "plans" in row]
-    title = f"{result['maze']}, single-task: ten plans of {result['horizon']} states (colour), driven (black)"
-    figure, axes = canvas(3 * len(rows), 3.2, title, ncols=len(rows), squeeze=False)
+def draw_walls(axis, maze):
+    """The maze from above: walls, D4RL's goal."""
     height, width = maze.walls.shape
+    extent = (-width / 2, width / 2, -height / 2, height / 2)
+    axis.imshow(maze.walls, cmap="Greys", extent=extent, vmax=2)
+    axis.plot(*maze.fixed_goal, "*", color="black", markersize=9)
+    axis.set(xticks=[], yticks=[])
+
+
+def draw_maze(result, maze, path):
+    """Ten plans of each planner in the maze, and what was driven; result: that of maze2d.json."""
+    rows = [row for row in result["rows"] if "plans" in row]
+    title = f"{result['maze']}, single-task: plans of {result['horizon']} states (colour), driven (black)"
+    figure, axes = canvas(3 * len(rows), 3.4, title, ncols=len(rows), squeeze=False)
     for axis, row in zip(axes[0], rows, strict=True):
-        extent = (-width / 2, width / 2, -height / 2, height / 2)
-        axis.imshow(maze.walls, cmap="Greys", extent=extent, vmax=2)
+        draw_walls(axis, maze)
         for plan, driven in zip(row["plans"], row["driven"], strict=True):
             axis.plot(*np.transpose(plan), color=COLORS[row["label"].split(",")[0]], linewidth=1)
             axis.plot(*np.transpose(driven), color="black", linewidth=0.5)
             axis.plot(*plan[0], "k.", markersize=4)
-        axis.plot(*maze.fixed_goal, "*", color="black", markersize=9)
-        score = f"{row['single']['score_mean']:.0f}"
-        axis.set_title(f"{row['label']}: {row['calls']} calls, score {score}", fontsize=8)
-        axis.set(xticks=[], yticks=[])
+        text = f"{row['label']}: {row['calls']} call(s), score {row['single']['score_mean']:.0f}"
+        axis.set_title(text, fontsize=8)
     save_picture(figure, path)
+
+
+def animate_maze(row, maze, path):
+    """The first episode of a row of maze2d.json as a GIF in real time: the plan, and the drive."""
+    from matplotlib.animation import FuncAnimation, PillowWriter
+
+    figure, axis = canvas(3, 3.2, f"{maze.name}: {row['label']}, plan (colour) and drive")
+    draw_walls(axis, maze)
+    axis.plot(*np.transpose(row["plans"][0]), color=COLORS["RACTD"], linewidth=1)
+    driven, skip = np.array(row["driven"][0]), 10  # steps of 10 ms in a picture
+    (trail,) = axis.plot([], [], color="black", linewidth=1)
+    (ball,) = axis.plot([], [], "o", color="black")
+
+    def show(step):
+        trail.set_data(*driven[: step + 1].T)
+        ball.set_data(*driven[step : step + 1].T)
+
+    animation = FuncAnimation(figure, show, range(0, len(driven), skip))
+    animation.save(path, PillowWriter(fps=100 // skip))
+    print(f"{path}: an episode of {len(driven)} steps")
 
 
 FIGURES = {

@@ -128,7 +128,8 @@ def load_maze(run):
     batches = StateBatches(drives, config.horizon, config.gamma, run.device)
     sha256 = hashlib.sha256(states.tobytes()).hexdigest()
     dataset = {"name": dataset_id, "source": "minari", "sha256": sha256, "transitions": len(states)}
-    meta = {"env": run.env, "dataset": dataset, "dims": [6, 4], "normalizer": batches.normalizer}
+    env = f"{run.env}, plans of states"  # not to be taken for plans of actions
+    meta = {"env": env, "dataset": dataset, "dims": [6, 4], "normalizer": batches.normalizer}
     return batches, meta
 
 
@@ -209,7 +210,7 @@ class Planner:
         else:
             denoiser = lambda x, t: ractd.denoise(net, x, t, state)
             x = ractd.heun_sample(denoiser, net.pin(x_T, state), self.sigmas)
-        return ractd.decode(x.clamp(-1, 1), self.table).cpu().numpy()
+        return ractd.decode(net.pin(x.clamp(-1, 1), state), self.table).cpu().numpy()
 
 
 class OpenLoop:
@@ -301,6 +302,8 @@ def maze2d(run):
     print_table(result)
     print(f"All numbers: {path}")
     figures.draw_maze(result, maze, path.with_suffix(".png"))
+    if run.video:
+        figures.animate_maze(rows[-1], maze, path.with_suffix(".gif"))
 
 
 def print_table(result):
@@ -326,16 +329,23 @@ def main(argv=None):
     add = parser.add_argument
     add("--maze", required=True, metavar="MAZE", help=", ".join(FLAGS))
     add("--data", help="minari:ID of a PointMaze set (default: D4RL's recipe, made here)")
+    add("--video", action="store_true", help="RACTD's first episode as a GIF, too")
     add("--replan", type=int, default=0, help="steps between plans (default: 0, one an episode)")
 
     def command():
         own, rest = parser.parse_known_args(argv)
+        if own.replan < 0:
+            raise ractd.UserError("--replan must be at least 0")
+        if own.data and not own.data.startswith("minari:"):
+            raise ractd.UserError(f"--data {own.data}: must be minari:ID, a PointMaze set")
         maze = pointmaze.Maze(own.maze)
         data = own.data or f"minari:{pointmaze.local_id(maze.name)}"
         flags = [f"--env=maze2d-{maze.name}", f"--data={data}", *FLAGS[maze.name].split(), *rest]
         run = ractd.build_parser().parse_args(["distill", *flags])
         ractd.resolve(run)
-        run.maze, run.replan = maze, own.replan
+        if run.config.tilted_steps or run.config.candidates > 1:
+            raise ractd.UserError("--tilted-steps and --candidates are for plans of actions")
+        run.maze, run.replan, run.video = maze, own.replan, own.video
         if not own.data and not pointmaze.exists(pointmaze.local_id(maze.name)):
             pointmaze.collect(maze)
         maze2d(run)

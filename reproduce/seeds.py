@@ -63,7 +63,7 @@ def seeds(run):
     for label, metrics in found.items():
         scores = []
         for one in metrics:
-            mean, sem, unit = points(run.env, one["returns"])
+            mean, sem, unit = points(run.env, one["returns"], data)
             scores.append((mean, sem))
         means = [mean for mean, _ in scores]
         row = {"label": label, "calls": metrics[0]["calls"], "scores": scores}
@@ -84,7 +84,7 @@ def seeds(run):
         color = COLORS.get(row["label"].split(",")[0], COLORS["teacher"])
         axis.barh(i, row["mean"], color=color, height=0.6)
         axis.plot([mean for mean, _ in row["scores"]], [i] * len(row["scores"]), "k.")
-    mean = points(run.env, [data["return_mean"]])[0]
+    mean = points(run.env, [data["return_mean"]], data)[0]
     axis.axvline(mean, color=COLORS["data"], linestyle="--", label="mean of the data")
     axis.set_yticks(range(len(rows)), [row["label"] for row in rows])
     axis.invert_yaxis()

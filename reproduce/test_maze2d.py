@@ -1,0 +1,311 @@
+"""Tests of the mazes, their data and their planner against oracles: python -m pytest -q."""
+
+import itertools
+import json
+import sys
+
+import minari
+import numpy as np
+import pytest
+import torch
+from minari.data_collector import EpisodeBuffer
+
+import ractd
+from reproduce import collect, maze2d, pointmaze
+
+torch.set_num_threads(1)  # more would round differently
+LAYOUTS = {  # D4RL's: # a wall, G the fixed goal
+    "umaze": "##### #GOO# ###O# #OOO# #####",
+    "medium": "######## #OO##OO# #OO#OOO# ##OOO### #OO#OOO# #O#OO#O# #OOO#OG# ########",
+    "large": "############ #OOOO#OOOOO# #O##O#O#O#O# #OOOOOO#OOO# #O####O###O# "
+    "#OO#O#OOOOO# ##O#O#O#O### #OO#OOO#OGO# ############",
+}
+TINY = [
+    "--horizon=32",
+    "--channels",
+    "8",
+    "8",
+    "--patch=4",
+    "--episodes=3",
+    "--grid-points=5",
+    "--path-batch=4",
+]
+TINY += [f"--{name}-batch=8" for name in ("teacher", "reward", "student")]
+TINY += [f"--{name}-steps=6" for name in ("teacher", "reward", "student")]
+
+
+@pytest.fixture(autouse=True)
+def sandbox(tmp_path, monkeypatch):
+    """Nothing of the user's is read or written."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def umaze():
+    return pointmaze.Maze("umaze")
+
+
+def refused(capsys, code, *words):
+    """Exit code 2 and one sentence that holds all the words."""
+    error = capsys.readouterr().err
+    assert code == 2 and "Traceback" not in error
+    assert not [word for word in words if word not in error], error
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_mazes_are_d4rls_and_routes_are_shortest(name):
+    maze, rows = pointmaze.Maze(name), LAYOUTS[name].split()
+    assert maze.walls.tolist() == [[letter == "#" for letter in row] for row in rows]
+    row, column = maze.goal_cell
+    assert rows[row][column] == "G"
+    assert maze.steps == {"umaze": 300, "medium": 600, "large": 800}[name]
+    n = len(maze.cells)
+    near = np.abs(np.array(maze.cells)[:, None] - np.array(maze.cells)).sum(2) == 1
+    reach, distance = np.eye(n, dtype=bool), np.zeros((n, n), int)
+    while not reach.all():  # powers of the adjacency matrix
+        distance += ~reach
+        reach |= reach @ near
+    for i, cell in enumerate(maze.cells):
+        assert maze.cell(maze.center(cell)) == cell and not maze.in_wall(maze.center(cell))
+        for j, goal in enumerate(maze.cells):
+            steps, here = 0, cell
+            while here != goal:
+                here, steps = maze.routes[goal][here], steps + 1
+            assert steps == distance[i, j]
+
+
+def test_positions_in_walls_and_outside_are_told(umaze):
+    inside = np.array([umaze.center((1, 1)), umaze.center((1, 1)) + [0.49, -0.49]])
+    outside = np.array([umaze.center((2, 1)), umaze.center((1, 1)) - [0.51, 0], [99, 0], [0, -99]])
+    assert not umaze.in_wall(inside).any() and umaze.in_wall(outside).all()
+    assert umaze.in_wall(np.stack([inside, outside[:2]])).shape == (2, 2)
+
+
+def test_scores_have_d4rls_reference_points(umaze):
+    assert umaze.score([23.85, 161.86]) == pytest.approx([0, 100])
+
+
+@pytest.mark.parametrize("random_goals", [False, True])
+def test_the_task_pays_one_within_half_a_cell_of_the_goal_until_its_time_is_up(umaze, random_goals):
+    task, goals = pointmaze.MazeTask(umaze, random_goals), set()
+    for seed in range(5):
+        observation, _ = task.reset(seed=seed)
+        assert np.linalg.norm(observation[:2] - observation[4:]) > 0.45
+        assert np.array_equal(observation[2:4], [0, 0])
+        goals.add(tuple(observation[4:]))
+    assert (goals == {tuple(umaze.fixed_goal)}) != random_goals
+    control, truncated, steps = pointmaze.Controller(umaze, observation[:2], observation[4:]), 0, 0
+    while not truncated:
+        observation, reward, terminated, truncated, _ = task.step(control(observation))
+        distance = np.linalg.norm(observation[:2] - observation[4:])
+        assert reward == (distance <= 0.5) and not terminated
+        steps += 1
+    assert steps == 300 and reward == 1 and distance < 0.11
+
+
+def test_the_recipe_is_one_drive_cut_where_a_goal_is_reached(umaze):
+    episodes = pointmaze.record(umaze, 3000, noise=0.5, seed=3)
+    again = pointmaze.record(umaze, 3000, noise=0.5, seed=3)
+    assert sum(len(e) for e in episodes) == 3000
+    for one, other in zip(episodes, again, strict=True):
+        assert np.array_equal(one.actions, other.actions)
+    for one, following in itertools.pairwise(episodes):
+        goals, positions = (one.observations[key] for key in ("desired_goal", "achieved_goal"))
+        distances = np.linalg.norm(goals - positions, axis=1)
+        assert distances[-1] < 0.1 and (distances[1:-1] >= 0.1).all()
+        assert len(np.unique(goals, axis=0)) == 1
+        states = one.observations["observation"]
+        assert np.array_equal(states[-1], following.observations["observation"][0])
+        # PointMaze integrates: the position moves by 10 ms of the new velocity
+        assert np.diff(states[:, :2], axis=0) == pytest.approx(0.01 * states[1:, 2:], abs=1e-3)
+        assert one.truncations.tolist() == [False] * (len(one) - 1) + [True]
+        assert not one.terminations.any() and np.abs(one.actions).max() <= 1
+    quiet = pointmaze.record(umaze, 300, noise=0.0, seed=3)
+    control = pointmaze.Controller(
+        umaze,
+        quiet[0].observations["achieved_goal"][0],
+        quiet[0].observations["desired_goal"][0],
+    )
+    states = quiet[0].observations["observation"]
+    assert quiet[0].actions == pytest.approx(np.array([control(x) for x in states[:-1]]), abs=1e-6)
+
+
+def make_set(name, drives, observations=None):
+    """A Minari set of random actions whose episodes have these states."""
+    buffers = []
+    for states in drives:
+        n = len(states) - 1
+        goal_dict = {"observation": states, "achieved_goal": states[:, :2]}
+        goal_dict["desired_goal"] = np.zeros((n + 1, 2))
+        columns = {"observations": goal_dict if observations is None else observations[: n + 1]}
+        columns |= {"actions": np.zeros((n, 2), np.float32), "rewards": [0.0] * n}
+        columns |= {"terminations": [False] * n, "truncations": [False] * (n - 1) + [True]}
+        buffers.append(EpisodeBuffer(**columns))
+    env = pointmaze.make_simulator("umaze").spec if observations is None else "Hopper-v4"
+    with pytest.warns(UserWarning):
+        minari.create_dataset_from_buffers(name, buffers, env=env)
+
+
+def test_episodes_that_continue_each_other_are_joined_and_no_others():
+    walk = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+    make_set("maze/joined-v0", [walk[:11], walk[10:16], walk[17:], walk[:5]])
+    first, second, third = maze2d.read_trajectories("maze/joined-v0")
+    assert np.array_equal(first, walk[:16])
+    assert np.array_equal(second, walk[17:]) and np.array_equal(third, walk[:5])
+
+
+def test_batches_equal_brute_force_and_stay_in_one_drive():
+    torch.manual_seed(0)
+    rng, gamma, horizon = np.random.default_rng(0), 0.9, 8
+    drives = [0.1 * rng.normal(size=(n, 4)).cumsum(0).astype(np.float32) for n in (40, 5, 90, 8)]
+    batches = maze2d.StateBatches(drives, horizon, gamma, torch.device("cpu"))
+    windows = {x[i : i + horizon].tobytes() for x in drives for i in range(len(x) - horizon + 1)}
+    state, x0 = batches.windows(3000)
+    raw = ractd.decode(x0, batches.normalizer["obs"]).numpy()
+    assert torch.equal(state, torch.cat([x0[:, 0], x0[:, -1, :2]], dim=1))
+    everything = np.concatenate(drives)
+    index = np.abs(everything[None] - raw[:, :1]).max(2).argmin(1)  # row of a window's first state
+    found = {everything[i : i + horizon].tobytes() for i in index}
+    assert found == windows
+    assert raw == pytest.approx(everything[index[:, None] + np.arange(horizon)], abs=1e-4)
+    inputs, target = batches.returns(500)
+    last = np.repeat(np.cumsum([len(x) for x in drives]) - 1, [len(x) for x in drives])
+    steps, hits = len(batches.discounts), 0
+    for x, y in zip(inputs.numpy(), target.numpy(), strict=True):
+        row = np.abs(batches.obs.numpy() - x[:4]).max(1).argmin()
+        goal = np.abs(batches.obs.numpy()[:, :2] - x[4:]).max(1).argmin()
+        assert 0 <= goal - row < horizon
+        later = np.minimum(row + np.arange(steps), last[row])  # a drive's end is held
+        near = np.linalg.norm(everything[later, :2] - everything[goal, :2], axis=1) <= 0.5
+        expected = (gamma ** np.arange(steps) * near).sum() / (gamma ** np.arange(steps)).sum()
+        assert y == pytest.approx(expected, abs=1e-5)
+        hits += 0 < y < 1
+    assert hits > 50 and gamma**steps < 0.012
+
+
+def test_the_return_of_a_plan_is_the_sum_over_its_states():
+    plan, state = torch.randn(3, 5, 4), torch.randn(3, 6)
+    value = maze2d.plan_return(lambda x: x[:, 0] + 10 * x[:, 4], state, plan)
+    assert torch.allclose(value, plan[:, :, 0].sum(1) + 50 * state[:, 4])
+
+
+class Straight:
+    """A planner of straight plans (n steps) at constant velocity from the state it sees."""
+
+    def __init__(self, n):
+        self.n, self.seen = n, []
+
+    def __call__(self, observations, generators):
+        self.seen.append(observations.copy())
+        time = 0.01 * np.arange(self.n)[:, None]
+        velocity = np.broadcast_to([1.0, 0.5], (len(observations), 1, 2))
+        positions = observations[:, None, :2] + time * velocity
+        return np.concatenate([positions, np.broadcast_to(velocity, positions.shape)], axis=2)
+
+
+@pytest.mark.parametrize("replan", [0, 4])
+def test_a_plan_is_driven_by_the_pd_rule_from_the_true_state_and_its_end_is_held(replan):
+    planner, observations = Straight(6), np.zeros((2, 6))
+    act = maze2d.OpenLoop(planner, replan)
+    for step in range(10):
+        observations = observations + 0.01 * (step + 1)
+        action = act(observations, None)
+        assert action.shape == (2, 1, 2)
+        begun = step // replan * replan if replan else 0
+        start, i = planner.seen[-1][0, :2], step + 1 - begun
+        position = start + 0.01 * min(i, 5) * np.array([1.0, 0.5])
+        velocity = np.array([1.0, 0.5]) if i <= 5 else np.zeros(2)
+        expected = position - observations[0, :2] + velocity - observations[0, 2:4]
+        assert action[0, 0] == pytest.approx(np.clip(expected, -1, 1))
+    assert len(planner.seen) == (3 if replan else 1)
+
+
+def test_r_sees_the_students_clamped_plan_with_pinned_ends(monkeypatch):
+    """Eq. 8 on the planner's own one-call plan; teacher and student keep both ends clean."""
+    torch.manual_seed(0)
+    config = ractd.Config(horizon=16, channels=(8,), path_batch=0, grid_points=5, tilted_steps=0)
+    net = maze2d.make_unet(config, [6, 4], student=True)
+    teacher = maze2d.make_unet(config, [6, 4]).requires_grad_(False)
+    state, x0, seen = torch.rand(8, 6) - 0.5, torch.rand(8, 16, 4) - 0.5, []
+
+    def reward(state, plan):
+        seen.append(plan)
+        return plan.sum((1, 2))
+
+    ractd.distillation_loss(net, net, teacher, reward, state, x0, config)
+    (plan,) = seen
+    assert plan.abs().max() <= 1
+    assert torch.allclose(plan[:, 0], state[:, :4]) and torch.allclose(
+        plan[:, -1, :2], state[:, 4:]
+    )
+
+
+def test_end_to_end_trains_once_and_leaves_every_number_and_picture(capsys):
+    assert collect.main(["--env=maze2d-umaze", "--steps=3000", "--out=maze2d/tiny-v0"]) == 0
+    command = ["--maze=umaze", "--data=minari:maze2d/tiny-v0", "--out=run", "--video", *TINY]
+    assert maze2d.main(command) == 0
+    text = capsys.readouterr().out
+    with open("run/maze2d.json") as f:
+        result = json.load(f)
+    labels = [row["label"] for row in result["rows"]]
+    assert labels == ["controller of the data", *(label for label, *_ in maze2d.ROWS)]
+    for row in result["rows"]:
+        assert row["label"] in text
+        for task in ("single", "multi"):
+            assert len(row[task]["returns"]) == 3 and 0 <= row[task]["reached"] <= 1
+    assert result["rows"][0]["single"]["reached"] == 1
+    assert [row["calls"] for row in result["rows"]] == [0, 37, 157, 1, 1]
+    for row in result["rows"][1:]:
+        plans, driven = np.array(row["plans"]), np.array(row["driven"])
+        assert plans.shape == (3, 32, 2) and driven.shape == (3, 300, 2) and row["ms"] > 0
+        assert plans[:, 0] == pytest.approx(driven[:, 0], abs=1e-5)  # the ends are pinned
+        goal = pointmaze.Maze("umaze").fixed_goal
+        assert np.abs(plans[:, -1] - goal).max() < 1e-5 and row["jump"] > 0
+    for name, head in (("maze2d.png", b"\x89PNG"), ("maze2d.gif", b"GIF8")):
+        with open(f"run/{name}", "rb") as f:
+            assert f.read(4) == head
+    assert maze2d.main(command) == 0
+    assert "steps/s" not in capsys.readouterr().out
+    with open("run/maze2d.json") as f:
+        assert [row["single"] for row in json.load(f)["rows"]] == [
+            row["single"] for row in result["rows"]
+        ]
+    capsys.readouterr()
+    data, flags = "--data=minari:maze2d/tiny-v0", ["--env=maze2d-umaze", "--out=run"]
+    refused(capsys, ractd.main(["evaluate", *flags]), "plans of states")
+    refused(capsys, ractd.main(["distill", *flags, data, *TINY]), "made otherwise", "data")
+
+
+def test_without_data_they_are_made_by_the_recipe(monkeypatch):
+    made = []
+    monkeypatch.setattr(pointmaze, "collect", lambda maze: made.append(maze.name))
+    monkeypatch.setattr(maze2d, "maze2d", lambda run: made.append((run.data, run.config.horizon)))
+    assert maze2d.main(["--maze=large"]) == 0
+    assert made == ["large", ("minari:maze2d/large-v0", 384)]
+
+
+def test_bad_input_gets_a_sentence(capsys, monkeypatch):
+    walk = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32) / 9
+    make_set("maze/short-v0", [walk[:20], walk[21:]])
+    make_set("maze/box-v0", [walk[:20]], np.random.default_rng(0).normal(size=(40, 11)))
+    drive = ["--maze=umaze", "--out=run", *TINY]
+    refused(capsys, maze2d.main(["--maze=tiny"]), "tiny", "umaze, medium, large")
+    refused(capsys, maze2d.main([*drive, "--data=minari:maze/box-v0"]), "no goals")
+    refused(capsys, maze2d.main([*drive, "--data=minari:maze/none-v0"]), "cannot be read")
+    refused(capsys, maze2d.main([*drive, "--data=a.hdf5"]), "minari:ID")
+    outside = walk + [9, 0, 0, 0]
+    make_set("maze/outside-v0", [np.float32(outside)])
+    refused(capsys, maze2d.main([*drive, "--data=minari:maze/outside-v0"]), "another maze")
+    pointmaze.collect(pointmaze.Maze("umaze"), 20, dataset_id="maze/twenty-v0")
+    refused(capsys, maze2d.main([*drive, "--data=minari:maze/twenty-v0"]), "horizon", "21 states")
+    code = collect.main(["--env=maze2d-umaze", "--out=maze/twenty-v0", "--steps=9"])
+    refused(capsys, code, "exists", "delete")
+    refused(capsys, collect.main(["--env=maze2d-umaze", "--steps=0"]), "--steps")
+    refused(capsys, collect.main(["--env=maze2d-umaze", "--kind=medium"]), "--kind")
+    refused(capsys, collect.main(["--env=Hopper-v4", "--noise=0.5"]), "--noise")
+    refused(capsys, maze2d.main([*drive, "--replan=-1"]), "--replan")
+    refused(capsys, maze2d.main([*drive, "--tilted-steps=5"]), "--tilted-steps")
+    monkeypatch.setitem(sys.modules, "gymnasium_robotics", None)
+    refused(capsys, maze2d.main(["--maze=umaze"]), "pip install gymnasium-robotics")
