@@ -1,5 +1,6 @@
 """Tests of ractd.py against oracles, offline: python -m pytest -q test_ractd.py."""
 
+import contextlib
 import functools
 import hashlib
 import http.server
@@ -21,6 +22,7 @@ from statistics import NormalDist
 from types import SimpleNamespace
 
 import gymnasium
+import gymnasium_robotics
 import h5py
 import minari
 import numpy as np
@@ -344,6 +346,41 @@ def test_a_jump_to_where_it_starts_is_the_identity_and_a_jump_to_zero_is_the_net
     k = t / 4
     half = 0.25 * x + 0.75 * denoise(net, x, t, state, k)
     assert torch.allclose(student_jump(net, x, t, k, state), half, atol=1e-6)
+
+
+@pytest.mark.parametrize("student", [False, True])
+def test_pinned_places_are_clean_at_every_level_and_the_network_sees_them(student):
+    """Also at noise 80, where c_in x would hide them; what is free is as without pins."""
+    torch.manual_seed(0)
+    net, seen = UNet1d(3, 4, channels=(8, 8), patch=1, student=student), []
+    net.register_forward_hook(lambda net, inputs, output: seen.append(inputs[0]))
+    net.pinned = ((0, 0), (0, 2), (-1, 1))
+    free = torch.ones(8, 3, dtype=torch.bool)
+    free[0, 0] = free[0, 2] = free[-1, 1] = False
+    state, x = torch.rand(5, 4), 80 * torch.randn(5, 8, 3)
+
+    def clean(x):
+        places = torch.stack([x[:, 0, 0], x[:, 0, 2], x[:, -1, 1]], dim=1)
+        return torch.allclose(places, state[:, :3], atol=1e-6)
+
+    kept = x.clone()
+    for level in (0.02, 1.0, 80.0):
+        for t in (level, torch.full((5,), level)):
+            k = (torch.full((5,), 0.02) if torch.is_tensor(t) else 0.02) if student else None
+            y = denoise(net, x, t, state, k)
+            assert clean(y) and clean(seen[-1]) and torch.equal(x, kept) and not clean(x)
+            c_skip, c_out, c_in, embedding = ractd.precondition(net, t, k)
+            assert torch.equal(seen[-1][:, free], (c_in * x)[:, free])
+            bare = c_skip * x + c_out * net(seen[-1], embedding, state)
+            assert torch.equal(y[:, free], bare[:, free])
+            if student:
+                assert clean(student_jump(net, x, t, k, state))
+    if student:
+        jump = lambda x, t, k: student_jump(net, x, t, k, state)
+        assert clean(ractd.student_sample(jump, x, ractd.karras_sigmas(5), nfe=3))
+    else:
+        denoiser = lambda x, t: denoise(net, x, t, state)
+        assert clean(ractd.heun_sample(denoiser, net.pin(x, state), ractd.karras_sigmas(5)))
 
 
 def test_jumps_are_drawn_with_the_documented_frequencies():
@@ -787,7 +824,7 @@ def test_td_targets_equal_brute_force_and_no_episode_is_followed_by_the_next(n):
     assert set(row) == set(rows)
 
 
-def make_minari(name, rows, ends, env="Hopper-v4"):
+def make_minari(name, rows, ends, env="Hopper-v4", eval_env=None):
     buffers = []
     for begin, end in pairwise([0, *(ends + 1)]):
         cut = {key: x[begin:end] for key, x in rows.items()}
@@ -801,8 +838,9 @@ def make_minari(name, rows, ends, env="Hopper-v4"):
                 truncations=cut["timeouts"],
             )
         )
-    with pytest.warns(UserWarning):
-        minari.create_dataset_from_buffers(name, buffers, env=gymnasium.make(env))
+    options = {"env": gymnasium.make(env), "eval_env": eval_env}
+    with contextlib.nullcontext() if eval_env else pytest.warns(UserWarning):
+        minari.create_dataset_from_buffers(name, buffers, **options)
 
 
 def test_a_minari_dataset_is_the_same_data_and_acts_in_the_environment_that_it_recovers(
@@ -824,6 +862,79 @@ def test_a_minari_dataset_is_the_same_data_and_acts_in_the_environment_that_it_r
     assert metrics("runs/test-rows-v0")["returns"] == trained["returns"]
     assert "test/rows-v0 on test/rows-v0 (minari, not D4RL's file)" in capsys.readouterr().out
     refused(capsys, ractd.main(["distill", "--env=test/rows-v0"]), "unknown")
+
+
+def test_a_goal_dict_becomes_its_goal_and_its_observation_side_by_side():
+    goal, observation = {"b": np.ones((5, 2)), "a": np.zeros((5, 1))}, np.full((5, 3), 7)
+    dicts = {"observation": observation, "achieved_goal": goal, "desired_goal": goal}
+    assert np.array_equal(ractd.flat(dicts)[4], [0, 1, 1, 7, 7, 7])
+    assert ractd.flat(observation) is observation
+    rows = {"observation": observation[0], "desired_goal": np.zeros(2)}
+    assert np.array_equal(ractd.flat(rows), [0, 0, 7, 7, 7])
+
+
+KITCHEN = ["microwave", "kettle", "light switch", "slide cabinet"]
+
+
+def make_kitchen(name, lengths=(30, 24)):
+    """A Minari set of random actions in the real FrankaKitchen, with D4RL's reference scores."""
+    gymnasium.register_envs(gymnasium_robotics)
+    env, buffers = gymnasium.make("FrankaKitchen-v1", tasks_to_complete=KITCHEN), []
+    env.action_space.seed(0)
+    for seed, n in enumerate(lengths):
+        observations, rewards = [env.reset(seed=seed)[0]], []
+        actions = [env.action_space.sample() for _ in range(n)]
+        for action in actions:
+            observation, reward, *_ = env.step(action)
+            observations.append(observation)
+            rewards.append(float(reward))
+
+        def column(*keys, rows=tuple(observations)):
+            return np.stack([functools.reduce(dict.__getitem__, keys, row) for row in rows])
+
+        goals = ("achieved_goal", "desired_goal")
+        dicts = {key: {task: column(key, task) for task in KITCHEN} for key in goals}
+        dicts |= {"observation": column("observation")}
+        ends = {"terminations": [False] * n, "truncations": [False] * (n - 1) + [True]}
+        steps = {"observations": dicts, "actions": np.stack(actions), "rewards": rewards}
+        buffers.append(EpisodeBuffer(**steps, **ends))
+    with pytest.warns(UserWarning):
+        minari.create_dataset_from_buffers(
+            name, buffers, env=env.spec, ref_min_score=0.0, ref_max_score=4.0
+        )
+
+
+def test_franka_kitchen_is_read_planned_in_and_scored_by_minaris_own_reference(capsys):
+    make_kitchen("test/kitchen-v0")
+    data = ractd.load_dataset("", "minari:test/kitchen-v0")
+    assert data.observations.shape == (54, 11 + 59) and data.actions.shape == (54, 9)
+    assert data.ends.tolist() == [29, 53] and not data.terminated.any()
+    env = ractd.simulator("test/kitchen-v0", data.summary())()
+    assert env.unwrapped.tasks_to_complete == set(KITCHEN) and env.spec.max_episode_steps == 280
+    first, _ = env.reset(seed=0)
+    assert first[:11] == pytest.approx(data.observations[0, :11])  # the goal: constant
+    assert first[11:] == pytest.approx(data.observations[0, 11:], abs=0.1)  # noise of sensors
+    stored = minari.load_dataset("test/kitchen-v0")
+    for value in (3.0, np.array([0.0, 1.0, 4.0])):
+        score = ractd.normalized_score("test/kitchen-v0", value, data.summary())
+        assert np.array_equal(score, 25 * value)
+        assert np.array_equal(score, 100 * minari.get_normalized_score(stored, value))
+    flags = [*FLAGS["distill"], "--episodes=1"]
+    assert ractd.main(["distill", "--data=minari:test/kitchen-v0", *flags]) == 0
+    result = metrics("runs/test-kitchen-v0")
+    assert result["lengths"] == [280] and result["score_mean"] == 25 * result["return_mean"]
+    refused(capsys, ractd.main(["distill", "--env=test/kitchen-v0"]), "unknown")
+
+
+def test_acting_is_in_the_environment_that_a_minari_set_means_for_it():
+    rows = logged()
+    ends = ractd.load_dataset(ENV, write("a.hdf5", rows)).ends
+    make_minari(
+        "test/rows-v0", rows, ends, eval_env=gymnasium.make("Hopper-v4", max_episode_steps=7)
+    )
+    data = ractd.load_dataset("", "minari:test/rows-v0").summary()
+    assert ractd.simulator("test/rows-v0", data)().spec.max_episode_steps == 7
+    assert math.isnan(ractd.normalized_score("test/rows-v0", 1.0, data))  # no reference scores
 
 
 def test_a_million_transitions_load_in_seconds_and_in_little_memory(tmp_path):

@@ -18,17 +18,19 @@ import sys
 
 import numpy as np
 import torch
+from gymnasium.spaces import Dict
 
 import ractd
 from reproduce import figures, pointmaze
 from reproduce.common import Experiment, in_turns, make_parser, run_command, write_json
 
-COMMON = "--channels 32 64 128 --kernel 5 --patch 8 --teacher-batch 128 --reward-steps 2000 --grid-points 20"
-COMMON += " --student-batch 128 --path-batch 64 --tilted-steps 0 --temperature 1 --episodes 100"
-FLAGS = {  # the small preset of every maze
-    "umaze": f"--horizon 128 --teacher-steps 6000 --student-steps 1500 --reward-weight 0.1 {COMMON}",
-    "medium": f"--horizon 256 --teacher-steps 6000 --student-steps 1500 --reward-weight 0.1 {COMMON}",
-    "large": f"--horizon 384 --teacher-steps 6000 --student-steps 1500 --reward-weight 0.1 {COMMON}",
+# the small preset, of all mazes and of each; --help shows both
+COMMON = """--channels 32 64 128 --kernel 5 --patch 8 --teacher-batch 128 --student-batch 128
+--path-batch 64 --reward-steps 2000 --tilted-steps 0 --temperature 1 --episodes 100"""
+FLAGS = {
+    "umaze": "--horizon 128 --teacher-steps 6000 --student-steps 1500 --reward-weight 0.1",
+    "medium": "--horizon 256 --teacher-steps 6000 --student-steps 1000 --reward-weight 0.1",
+    "large": "--horizon 384 --teacher-steps 6000 --student-steps 1000 --reward-weight 0.1",
 }
 PINNED = ((0, 0), (0, 1), (0, 2), (0, 3), (-1, 0), (-1, 1))  # first state, last position
 ROWS = (  # label, who acts, changes of Config
@@ -48,18 +50,17 @@ def read_trajectories(dataset_id):
 
     try:
         missing = dataset_id not in minari.list_local_datasets()
-        episodes = minari.load_dataset(dataset_id, download=missing).iterate_episodes()
-        states = [np.float32(episode.observations["observation"]) for episode in episodes]
-        goals = minari.load_dataset(dataset_id).observation_space["desired_goal"].shape
-    except (ImportError, OSError, ValueError) as error:
+        dataset = minari.load_dataset(dataset_id, download=missing)
+        observations = [episode.observations for episode in dataset.iterate_episodes()]
+    except (ImportError, OSError, ValueError, LookupError) as error:
         hint = "network? pip install 'minari[hf,gcs]'?"
         raise ractd.UserError(f"minari:{dataset_id} cannot be read ({error}); {hint}") from None
-    except (TypeError, KeyError, IndexError, AttributeError):
-        raise ractd.UserError(f"minari:{dataset_id} has no goals: no plan of states") from None
-    if goals != (2,) or states[0].shape[1] != 4:
-        raise ractd.UserError(
-            f"minari:{dataset_id} is no PointMaze: x, y, velocities, a goal's x, y"
-        )
+    space = dataset.observation_space
+    shapes = {key: box.shape for key, box in space.items()} if isinstance(space, Dict) else {}
+    if shapes.get("observation") != (4,) or shapes.get("desired_goal") != (2,):
+        what = "has no goals in a plane: a PointMaze set is wanted"
+        raise ractd.UserError(f"minari:{dataset_id} {what}; its observations are {space}")
+    states = [np.float32(x["observation"]) for x in observations]
     drives = [[states[0]]]
     for state in states[1:]:
         if np.array_equal(drives[-1][-1][-1], state[0]):
@@ -325,7 +326,8 @@ def print_table(result):
 
 def main(argv=None):
     """The command line -> exit code, see `run_command`."""
-    parser = make_parser("maze2d", __doc__ + "\n".join(f"    {m}: {f}" for m, f in FLAGS.items()))
+    presets = "\n".join(f"{maze}: {flags}" for maze, flags in FLAGS.items())
+    parser = make_parser("maze2d", f"{__doc__}{COMMON}\n{presets}")
     add = parser.add_argument
     add("--maze", required=True, metavar="MAZE", help=", ".join(FLAGS))
     add("--data", help="minari:ID of a PointMaze set (default: D4RL's recipe, made here)")
@@ -340,7 +342,13 @@ def main(argv=None):
             raise ractd.UserError(f"--data {own.data}: must be minari:ID, a PointMaze set")
         maze = pointmaze.Maze(own.maze)
         data = own.data or f"minari:{pointmaze.local_id(maze.name)}"
-        flags = [f"--env=maze2d-{maze.name}", f"--data={data}", *FLAGS[maze.name].split(), *rest]
+        flags = [
+            f"--env=maze2d-{maze.name}",
+            f"--data={data}",
+            *COMMON.split(),
+            *FLAGS[maze.name].split(),
+            *rest,
+        ]
         run = ractd.build_parser().parse_args(["distill", *flags])
         ractd.resolve(run)
         if run.config.tilted_steps or run.config.candidates > 1:

@@ -292,7 +292,7 @@ def test_bad_input_gets_a_sentence(capsys, monkeypatch):
     make_set("maze/box-v0", [walk[:20]], np.random.default_rng(0).normal(size=(40, 11)))
     drive = ["--maze=umaze", "--out=run", *TINY]
     refused(capsys, maze2d.main(["--maze=tiny"]), "tiny", "umaze, medium, large")
-    refused(capsys, maze2d.main([*drive, "--data=minari:maze/box-v0"]), "no goals")
+    refused(capsys, maze2d.main([*drive, "--data=minari:maze/box-v0"]), "no goals in a plane")
     refused(capsys, maze2d.main([*drive, "--data=minari:maze/none-v0"]), "cannot be read")
     refused(capsys, maze2d.main([*drive, "--data=a.hdf5"]), "minari:ID")
     outside = walk + [9, 0, 0, 0]
