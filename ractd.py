@@ -15,7 +15,7 @@ A diffusion planner that needs one network call per action, learnt from logged d
 Notation
     t > u >= k   noise levels, one per sample (B,) or one float for all; i_t < i_u <= i_k their
                  indices in the grid T = 80 = sigma_0 > ... > sigma_{N-1} = 0.02, the paper's "0"
-    x0, x_t      a clean and a noisy plan: H actions (B, H, A), scaled to [-1, 1]
+    x0, x_t      a clean and a noisy plan: H actions, or states, (B, H, A), scaled to [-1, 1]
     state        an observation (B, O), scaled to [-1, 1]; s_n in the paper
     D, g         denoisers of teacher and student, F the network in them; G the student's jump
 

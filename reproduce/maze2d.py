@@ -24,14 +24,11 @@ import ractd
 from reproduce import figures, pointmaze
 from reproduce.common import Experiment, in_turns, make_parser, run_command, write_json
 
-# the small preset, of all mazes and of each; --help shows both
-COMMON = """--channels 32 64 128 --kernel 5 --patch 8 --teacher-batch 128 --student-batch 128
---path-batch 64 --reward-steps 2000 --tilted-steps 0 --temperature 1 --episodes 100"""
-FLAGS = {
-    "umaze": "--horizon 128 --teacher-steps 6000 --student-steps 1500 --reward-weight 0.1",
-    "medium": "--horizon 256 --teacher-steps 6000 --student-steps 1000 --reward-weight 0.1",
-    "large": "--horizon 384 --teacher-steps 6000 --student-steps 1000 --reward-weight 0.1",
-}
+# the small preset; H as in the paper
+PRESET = """--channels 32 64 128 --kernel 5 --patch 8 --teacher-batch 128 --student-batch 128
+--path-batch 64 --teacher-steps 6000 --reward-steps 2000 --student-steps 1000 --reward-weight 0.3
+--tilted-steps 0 --temperature 1 --episodes 100"""
+HORIZONS = {"umaze": 128, "medium": 256, "large": 384}
 PINNED = ((0, 0), (0, 1), (0, 2), (0, 3), (-1, 0), (-1, 1))  # first state, last position
 ROWS = (  # label, who acts, changes of Config
     ("teacher, 20 points", "teacher", {"teacher_points": 20}),
@@ -326,10 +323,10 @@ def print_table(result):
 
 def main(argv=None):
     """The command line -> exit code, see `run_command`."""
-    presets = "\n".join(f"{maze}: {flags}" for maze, flags in FLAGS.items())
-    parser = make_parser("maze2d", f"{__doc__}{COMMON}\n{presets}")
+    horizons = ", ".join(f"{maze} {horizon}" for maze, horizon in HORIZONS.items())
+    parser = make_parser("maze2d", f"{__doc__}{PRESET}\n--horizon: {horizons}")
     add = parser.add_argument
-    add("--maze", required=True, metavar="MAZE", help=", ".join(FLAGS))
+    add("--maze", required=True, metavar="MAZE", help=", ".join(HORIZONS))
     add("--data", help="minari:ID of a PointMaze set (default: D4RL's recipe, made here)")
     add("--video", action="store_true", help="RACTD's first episode as a GIF, too")
     add("--replan", type=int, default=0, help="steps between plans (default: 0, one an episode)")
@@ -342,13 +339,8 @@ def main(argv=None):
             raise ractd.UserError(f"--data {own.data}: must be minari:ID, a PointMaze set")
         maze = pointmaze.Maze(own.maze)
         data = own.data or f"minari:{pointmaze.local_id(maze.name)}"
-        flags = [
-            f"--env=maze2d-{maze.name}",
-            f"--data={data}",
-            *COMMON.split(),
-            *FLAGS[maze.name].split(),
-            *rest,
-        ]
+        flags = [f"--env=maze2d-{maze.name}", f"--horizon={HORIZONS[maze.name]}", f"--data={data}"]
+        flags += [*PRESET.split(), *rest]
         run = ractd.build_parser().parse_args(["distill", *flags])
         ractd.resolve(run)
         if run.config.tilted_steps or run.config.candidates > 1:
