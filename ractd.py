@@ -392,7 +392,7 @@ class ResidualBlock(nn.Module):
 
 
 class UNet1d(nn.Module):
-    """The network F, a U-Net over a plan of H actions or states: (x, embedding, state) -> (B, H, A).
+    """The network F, a U-Net over a plan of actions or states: (x, embedding, state) -> (B, H, A).
 
     x (B, H, A); embedding: `embed(t)`, a student's `embed(t, k)`; state (B, S). H: a multiple of
     patch * 2^(levels - 1), as `patch` actions become one position, and each level halves those.
@@ -500,7 +500,7 @@ def denoise(net, x, t, state, k=None, level=None):
     """The teacher's denoiser D(x, t), or the student's g(x, t, k), made of the network F.
 
     x (B, H, A), t and k floats or (B,), state (B, S) -> estimate of the clean plan (B, H, A); at
-    smin x itself. level: what `precondition` gave, for fixed levels or for other constants.
+    smin x itself, but what is pinned. level: what `precondition` gave, for fixed levels or for other constants.
     """
     c_skip, c_out, c_in, embedding = level or precondition(net, t, k)
     return net.pin(c_skip * x + c_out * net(net.pin(c_in * x, state), embedding, state), state)
@@ -697,7 +697,7 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
     x, start, end, states = (torch.cat(column) for column in zip(*parts, strict=True))
     g_ctm, g_dsm, g_T = denoise(student, x, start, states, end).split([len(x0), len(x0), n])
     if config.dsm_target == "jump":
-        g_dsm = jump_from(x_dsm, g_dsm, t_dsm, zero)  # G(x_t, t, 0)
+        g_dsm = jump_from(student.pin(x_dsm, state), g_dsm, t_dsm, zero)  # G(x_t, t, 0)
 
     ctm = ctm_loss(g_ctm, x_t, t, u, k, denoiser, frozen_jump)
     dsm = dsm_loss(g_dsm, x0, t_dsm, distance)
@@ -1034,7 +1034,7 @@ def load_data(run):
         raise UserError(f"{dataset.name} has {dims} observations and actions, {run.env} {sizes}")
     batches = Batches(dataset, horizon, run.config.gamma, run.device)
     print(f"{dataset}, {len(batches.starts):,} windows of {horizon} actions", flush=True)
-    return batches, meta | {"dims": dims, "normalizer": batches.normalizer}
+    return batches, meta | {"dims": dims, "plan": "actions", "normalizer": batches.normalizer}
 
 
 def stage_loss(stage, config, batches, dims, built_on):
@@ -1092,7 +1092,7 @@ def check_compatible(path, saved, asked):
 def load_or_train(run, stage, batches, meta, built_on, make=None):
     """The finished checkpoint of a stage, from the run's folder or trained now.
 
-    built_on: those of the stages before; make: in place of `stage_loss`. UserError if made otherwise.
+    built_on: those of the stages before; make: `stage_loss` or another. May raise UserError.
     """
     path = run.out / f"{stage}.pt"
     fields = [f.name for f in dataclasses.fields(Config) if stage in f.metadata["commands"]]
@@ -1231,7 +1231,7 @@ def main(argv=None):
         else:
             path = run.out / f"{run.model}.pt"
             saved = load_checkpoint(path, run.model, run.device)
-            check_compatible(path, saved, {"env": run.env})
+            check_compatible(path, saved, {"env": run.env, "plan": "actions"})
             if run.temperature is None:  # not given: as its preset meant it
                 run.config.temperature = saved["config"]["temperature"]
             if run.command == "export":

@@ -14,10 +14,11 @@ Policies act stochastically. Scores on such data cannot be compared with those o
 100,000 training steps take from twenty minutes to an hour on one core; nothing is resumed. The
 default of --steps is about what one run took to become medium, for medium-expert 1,000,000.
 
-maze2d-umaze, -medium, -large: a controller that knows the map drives from random goal to random goal
-in gymnasium-robotics' PointMaze, 1,000,000 steps without a reset in two minutes, as a Minari set of
-this machine. D4RL's maze2d files and Minari's D4RL/pointmaze sets are made this way; they differ in
-frame and goal radius (D4RL's), or have an action noise of 0.5 N (Minari's: --noise 0.5).
+maze2d-umaze, -medium, -large: a controller that knows the map drives from random goal to random
+goal in gymnasium-robotics' PointMaze, 1,000,000 steps without a reset in two minutes, and the
+drive becomes a Minari set of this machine. D4RL's maze2d files and Minari's D4RL/pointmaze sets
+are made in this way, too. D4RL's have another frame and 1, 2 and 4 million rows; Minari's have an
+action noise of 0.5 (--noise 0.5) and rewards within 0.45 of the goal, in place of D4RL's 0.5.
 """
 
 import argparse

@@ -14,6 +14,8 @@ All flags of `python ractd.py distill` are taken too, with these defaults:
 
 import dataclasses
 import hashlib
+import json
+import math
 import sys
 
 import numpy as np
@@ -26,10 +28,14 @@ from reproduce.common import Experiment, in_turns, make_parser, run_command, wri
 
 # the small preset; H as in the paper
 PRESET = """--channels 32 64 128 --kernel 5 --patch 8 --teacher-batch 128 --student-batch 128
---path-batch 64 --teacher-steps 6000 --reward-steps 2000 --student-steps 1000 --reward-weight 0.3
---tilted-steps 0 --temperature 1 --episodes 100"""
+--path-batch 64 --teacher-steps 6000 --reward-steps 2000 --student-steps 1500 --reward-weight 0.3
+--tilted-steps 0 --temperature 0.25 --episodes 100"""
 HORIZONS = {"umaze": 128, "medium": 256, "large": 384}
 PINNED = ((0, 0), (0, 1), (0, 2), (0, 3), (-1, 0), (-1, 1))  # first state, last position
+PAPER = {  # single-task D4RL scores with D4RL's data
+    "CTD": {"umaze": 123.4, "medium": 119.8, "large": 127.1},
+    "RACTD": {"umaze": 125.7, "medium": 130.8, "large": 143.8},
+}
 ROWS = (  # label, who acts, changes of Config
     ("teacher, 20 points", "teacher", {"teacher_points": 20}),
     ("teacher, 80 points", "teacher", {"teacher_points": 80}),
@@ -83,8 +89,8 @@ class StateBatches:
         self.starts = torch.tensor(starts, device=device)
         self.lasts = torch.tensor(np.repeat(begins + lengths - 1, lengths), device=device)
         self.chunk = torch.arange(horizon, device=device)
-        # after this many steps a reward counts for less than a hundredth
-        self.discounts = gamma ** torch.arange(int(np.log(0.01) / np.log(gamma)), device=device)
+        steps = 1 + int(math.log(0.01) / math.log(max(gamma, 1e-9)))  # later ones count for < 1 %
+        self.discounts = gamma ** torch.arange(steps, device=device)
 
     def windows(self, batch):
         """Random windows: condition (B, 6), the first state and the goal, and plan x0 (B, H, 4)."""
@@ -95,13 +101,13 @@ class StateBatches:
     def returns(self, batch):
         """One state of each of random windows beside its goal (B, 6), R's target there (B,).
 
-        The target is the share of the discounted future within 0.5 of the goal, 0 to 1.
+        The goal is the window's end, as in `windows`: rewards are relabelled to it, so that one R
+        serves all goals, D4RL's fixed one too. The target is the share of the discounted future
+        within 0.5 of it, 0 to 1; a drive's last state is held.
         """
         starts = self.starts[torch.randint(len(self.starts), (batch,), device=self.obs.device)]
-        goals, rows = (
-            starts + len(self.chunk) - 1,
-            starts + torch.randint_like(starts, len(self.chunk)),
-        )
+        goals = starts + len(self.chunk) - 1
+        rows = starts + torch.randint_like(starts, len(self.chunk))
         later = rows[:, None] + torch.arange(len(self.discounts), device=rows.device)
         later = torch.minimum(later, self.lasts[rows, None])
         distances = (self.raw[later, :2] - self.raw[goals, None, :2]).norm(dim=2)
@@ -115,20 +121,18 @@ def load_maze(run):
     dataset_id = run.data.removeprefix("minari:")
     drives = read_trajectories(dataset_id)
     states = np.concatenate(drives)
-    goal = run.maze.center(run.maze.goal_cell)
     if run.maze.in_wall(states[:, :2]).any():
         raise ractd.UserError(f"{run.data} is of another maze than --maze {run.maze.name}")
-    there = np.linalg.norm(states[:, :2] - goal, axis=1) <= pointmaze.GOAL_RADIUS
-    print(
-        f"data: {dataset_id}: {len(states):,} states in {len(drives)} drives, {there.mean():.1%} at the goal"
-    )
+    distances = np.linalg.norm(states[:, :2] - run.maze.fixed_goal, axis=1)
+    there = np.mean(distances <= pointmaze.GOAL_RADIUS)
+    print(f"data: {dataset_id}: {len(states):,} states, {len(drives)} drive(s),")
+    print(f"      {there:.1%} of them at D4RL's goal", flush=True)
     config = run.config
     batches = StateBatches(drives, config.horizon, config.gamma, run.device)
     sha256 = hashlib.sha256(states.tobytes()).hexdigest()
     dataset = {"name": dataset_id, "source": "minari", "sha256": sha256, "transitions": len(states)}
-    env = f"{run.env}, plans of states"  # not to be taken for plans of actions
-    meta = {"env": env, "dataset": dataset, "dims": [6, 4], "normalizer": batches.normalizer}
-    return batches, meta
+    meta = {"env": run.env, "dataset": dataset, "dims": [6, 4], "plan": "states"}
+    return batches, meta | {"normalizer": batches.normalizer}
 
 
 def make_unet(config, dims, student=False):
@@ -153,7 +157,8 @@ def maze_loss(stage, config, batches, dims, built_on):
     def teacher_loss(net, _):
         state, x0 = batches.windows(config.teacher_batch)
         t, noise = ractd.lognormal_levels(len(x0), device), torch.randn_like(x0)
-        return ractd.edm_loss(lambda x, t: ractd.denoise(net, x, t, state), x0, t, noise), {}
+        denoiser = lambda x, t: ractd.denoise(net, x, t, state)
+        return ractd.edm_loss(denoiser, x0, t, noise), {}
 
     def reward_model_loss(net, _):
         inputs, target = batches.returns(config.reward_batch)
@@ -195,24 +200,29 @@ class Planner:
     def __call__(self, observations, generators):
         """generators: a numpy Generator for the noise of each row."""
         config, net = self.config, self.net
+
+        def noise(_):
+            rows = [g.standard_normal((config.horizon, 4), np.float32) for g in generators]
+            return config.temperature * torch.from_numpy(np.stack(rows)).to(self.device)
+
         state = torch.tensor(observations, dtype=torch.float32, device=self.device)
         goal = ractd.encode(state[:, 4:], self.table[:, :2])
         state = torch.cat([ractd.encode(state[:, :4], self.table), goal], dim=1)
-        noise = [g.standard_normal((config.horizon, 4), np.float32) for g in generators]
-        x_T = (
-            config.temperature * ractd.SIGMA_MAX * torch.tensor(np.stack(noise), device=self.device)
-        )
+        x_T = net.pin(ractd.SIGMA_MAX * noise(None), state)
         if self.student:
             jump = lambda x, t, k: ractd.student_jump(net, x, t, k, state)
-            x = ractd.student_sample(jump, x_T, self.sigmas, config.nfe)
+            x = ractd.student_sample(jump, x_T, self.sigmas, config.nfe, noise)
         else:
             denoiser = lambda x, t: ractd.denoise(net, x, t, state)
-            x = ractd.heun_sample(denoiser, net.pin(x_T, state), self.sigmas)
+            x = ractd.heun_sample(denoiser, x_T, self.sigmas)
         return ractd.decode(net.pin(x.clamp(-1, 1), state), self.table).cpu().numpy()
 
 
 class OpenLoop:
-    """Carries out plans in `ractd.evaluate`: planned once, or again after every `replan` steps."""
+    """Carries out plans in `ractd.evaluate`: planned once, or again after every `replan` steps.
+
+    For episodes that all end together, as a `MazeTask`'s do: row i is always the same episode.
+    """
 
     def __init__(self, planner, replan=0):
         self.planner, self.replan, self.step = planner, replan, 0
@@ -229,13 +239,12 @@ class OpenLoop:
         if i >= self.plans.shape[1]:  # hold the end
             target = np.concatenate([target[:, :2], np.zeros_like(target[:, 2:])], axis=1)
         error = target - observations[:, :4]
-        return (error[:, :2] + error[:, 2:]).clip(-1, 1)[
-            :, None
-        ]  # as released; a plan of one action
+        action = error[:, :2] + error[:, 2:]  # the released rule: gains of 1
+        return action.clip(-1, 1)[:, None]  # a plan of one action
 
 
 class DataController:
-    """The controller that made the data, in `ractd.evaluate`; knows the map."""
+    """The controller that made the data, in `ractd.evaluate`, as `OpenLoop`; it knows the map."""
 
     calls = 0
 
@@ -250,30 +259,54 @@ class DataController:
 
 
 def drive(act, run, random_goals):
-    """100 episodes, single- or multi-task -> scores, their mean and error, share that got there."""
+    """Episodes of single- or multi-task -> mean score, its error, returns, share that got there."""
     config = run.config
     make_env = lambda: pointmaze.MazeTask(run.maze, random_goals)
     returns = ractd.evaluate(act, make_env, config.episodes, config.first_seed)["returns"]
     scores = run.maze.score(returns)
-    sem = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
+    sem = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else math.nan
     result = {"score_mean": float(scores.mean()), "score_sem": float(sem), "returns": returns}
     return result | {"reached": float(np.mean(np.array(returns) > 0))}
 
 
-def measure(run, label, planner):
-    """One row: both tasks, and what the plans of the first one are like."""
-    row = {"label": label, "calls": planner.calls if planner else 0}
+def plan_faults(maze, plans):
+    """Of plans (n, H, 4): the shares that cross a wall, that jump, and the longest step of each.
+
+    A plan jumps if it has a step of more than twice what the simulator's fastest one is, 0.05.
+    """
+    here, there = plans[:, :-1, None, :2], plans[:, 1:, None, :2]
+    between = (
+        here + (there - here) * np.linspace(0, 1, 6)[:, None]
+    )  # also where a step cuts a corner
+    walls = maze.in_wall(between).any((1, 2))
+    steps = np.linalg.norm(there - here, axis=3).max((1, 2))
+    jumps = steps > 2 * pointmaze.FASTEST
+    return {
+        "wall": float(walls.mean()),
+        "jump": float(jumps.mean()),
+        "longest_step": steps.tolist(),
+    }
+
+
+def measure(run, label, planner, asked):
+    """One row: both tasks, what the first one's plans are like; asked: what makes it this row.
+
+    It is kept in <out>/maze2d_<label>.json, and not made again while `asked` is the same.
+    """
+    path = run.out / f"maze2d_{label.replace(', ', '_').replace(' ', '_')}.json"
+    if path.exists() and (row := json.loads(path.read_text()))["asked"] == asked:
+        print(f"{label}: numbers from {path}")
+        return row
+    row = {"label": label, "calls": planner.calls if planner else 0, "asked": asked}
     for task, random_goals in (("single", False), ("multi", True)):
         print(f"\n== {label}: {task}-task", flush=True)
         act = OpenLoop(planner, run.replan) if planner else DataController(run.maze)
         row[task] = drive(act, run, random_goals)
         if planner and not random_goals:
             plans = act.first[: run.config.episodes]
-            jumps = np.linalg.norm(np.diff(plans[:, :, :2], axis=1), axis=2).max(1)
-            row["wall"] = float(run.maze.in_wall(plans[..., :2]).any(1).mean())
-            row["jump"] = float(jumps.mean())
-            row["plans"] = plans[:10, :, :2].tolist()
+            row |= plan_faults(run.maze, plans) | {"plans": plans[:10, :, :2].tolist()}
             row["driven"] = np.stack(act.driven, axis=1)[: len(row["plans"])].tolist()
+    write_json(path, row)
     return row
 
 
@@ -281,20 +314,21 @@ def maze2d(run):
     """Train what is missing, measure all rows, write maze2d.json, print the table, draw it."""
     maze, config = run.maze, run.config
     experiment = Experiment(run, load_maze, maze_loss)
-    rows, planners = [measure(run, "controller of the data", None)], {}
+    about = {"maze": maze.name, "episodes": config.episodes, "first_seed": config.first_seed}
+    acting = {"replan": run.replan, "temperature": config.temperature, "nfe": config.nfe}
+    rows, planners = [measure(run, "controller of the data", None, about)], {}
     for label, actor, changes in ROWS:
         model = experiment.student(changes) if actor == "student" else experiment.model(actor)
-        acting = dataclasses.replace(config, **changes)
-        planners[label] = Planner(model, acting, run.device)
-        rows.append(measure(run, label, planners[label]) | {"train_s": model["seconds"]})
+        planners[label] = Planner(model, dataclasses.replace(config, **changes), run.device)
+        asked = about | acting | {"weights": ractd.weights_id(model)}
+        rows.append(measure(run, label, planners[label], asked) | {"train_s": model["seconds"]})
     example = np.concatenate([maze.center(maze.cells[0]), np.zeros(2), maze.fixed_goal])[None]
     generators = [np.random.default_rng(0)]
     calls = {label: lambda p=p: p(example, generators) for label, p in planners.items()}
-    for label, (ms, iqr) in in_turns(calls, turns=10).items():
-        next(row for row in rows if row["label"] == label).update(ms=ms, ms_iqr=iqr)
+    for row, (ms, iqr) in zip(rows[1:], in_turns(calls, turns=10).values(), strict=True):
+        row |= {"ms": ms, "ms_iqr": iqr}
     path = run.out / "maze2d.json"
-    about = {"maze": maze.name, "dataset": experiment.meta["dataset"], "seed": config.seed}
-    about |= {"episodes": config.episodes, "first_seed": config.first_seed, "replan": run.replan}
+    about |= acting | {"dataset": experiment.meta["dataset"], "seed": config.seed}
     result = about | {"horizon": config.horizon, "rows": rows}
     write_json(path, result)
     print_table(result)
@@ -306,19 +340,36 @@ def maze2d(run):
 
 def print_table(result):
     """What maze2d.json holds, to be read."""
-    print(
-        f"\n{result['maze']} on {result['dataset']['name']}: plans of {result['horizon']} states, "
-        f"{result['episodes']} episodes from seed {result['first_seed']}"
-    )
-    print(
-        f"{'D4RL score':24}calls   ms/plan   single-task  there    multi-task  there   wall  jump"
-    )
+    title = f"{result['maze']} on {result['dataset']['name']}: plans of {result['horizon']} states"
+    print(f"\n{title}, {result['episodes']} episodes from seed {result['first_seed']}, D4RL scores")
+    print(f"{'':24}calls   ms/plan   single-task  there    multi-task  there   wall  jump   paper")
     for row in result["rows"]:
-        line = f"{row['label']:24}{row['calls']:5}{row.get('ms', np.nan):10.1f}"
+        ms = f"{row['ms']:10.1f}" if "ms" in row else f"{'':10}"
+        line = f"{row['label']:24}{row['calls']:5}{ms}"
         for task in ("single", "multi"):
             one = row[task]
             line += f"{one['score_mean']:8.1f} +- {one['score_sem']:.1f}{one['reached']:6.0%}"
-        print(line + (f"{row['wall']:8.0%}{row['jump']:7.2f}" if "wall" in row else ""))
+        line += f"{row['wall']:8.0%}{row['jump']:6.0%}" if "wall" in row else f"{'':14}"
+        paper = PAPER.get(row["label"])
+        print(line + (f"{paper[result['maze']]:8.1f}" if paper else ""))
+
+
+def refuse(run):
+    """UserError for a flag of `ractd.py distill` that means nothing here, or is out of range."""
+    config, default = run.config, ractd.Config()
+    unused = ("reward_target", "reward_actions", "reward_networks", "candidates", "distance")
+    wrong = [name for name in unused if getattr(config, name) != getattr(default, name)]
+    wrong += ["tilted_steps"] if config.tilted_steps else []
+    wrong += ["preset"] if run.preset != "default" else []
+    if wrong:
+        flags = ", ".join("--" + name.replace("_", "-") for name in wrong)
+        raise ractd.UserError(f"{flags}: not for plans of states; leave it out")
+    if not config.reward_weight:
+        raise ractd.UserError("--reward-weight must be more than 0; CTD is a row of its own")
+    if run.replan < 0:
+        raise ractd.UserError("--replan must be at least 0")
+    if not run.data.startswith("minari:"):
+        raise ractd.UserError(f"--data {run.data}: must be minari:ID, a PointMaze set")
 
 
 def main(argv=None):
@@ -333,20 +384,20 @@ def main(argv=None):
 
     def command():
         own, rest = parser.parse_known_args(argv)
-        if own.replan < 0:
-            raise ractd.UserError("--replan must be at least 0")
-        if own.data and not own.data.startswith("minari:"):
-            raise ractd.UserError(f"--data {own.data}: must be minari:ID, a PointMaze set")
         maze = pointmaze.Maze(own.maze)
-        data = own.data or f"minari:{pointmaze.local_id(maze.name)}"
-        flags = [f"--env=maze2d-{maze.name}", f"--horizon={HORIZONS[maze.name]}", f"--data={data}"]
-        flags += [*PRESET.split(), *rest]
+        own_data = f"minari:{pointmaze.local_id(maze.name)}"
+        data = own.data or own_data
+        flags = [f"--horizon={HORIZONS[maze.name]}", *PRESET.split(), *rest]
+        flags += [
+            f"--env=maze2d-{maze.name}",
+            f"--data={data}",
+        ]  # after the user's: not to be given
         run = ractd.build_parser().parse_args(["distill", *flags])
         ractd.resolve(run)
-        if run.config.tilted_steps or run.config.candidates > 1:
-            raise ractd.UserError("--tilted-steps and --candidates are for plans of actions")
         run.maze, run.replan, run.video = maze, own.replan, own.video
-        if not own.data and not pointmaze.exists(pointmaze.local_id(maze.name)):
+        refuse(run)
+        make_unet(run.config, [6, 4])  # a wrong size is found before data are made
+        if data == own_data and not pointmaze.exists(pointmaze.local_id(maze.name)):
             pointmaze.collect(maze)
         maze2d(run)
 

@@ -6,6 +6,7 @@ within 0.25 of a cell's centre. A goal counts within D4RL's radius of 0.5, Point
 """
 
 import datetime
+import shutil
 import time
 from collections import deque
 
@@ -21,19 +22,20 @@ MAZES = {
     "large": ("PointMaze_Large-v3", (7, 9), 6.7, 273.99),
 }
 GOAL_RADIUS, WAYPOINT_RADIUS = 0.5, 0.1  # D4RL's
-DT = 0.01  # seconds in a step
+FASTEST = 0.05  # the longest step: 5 a second at most, in 10 ms
 
 
-def make_simulator(name, **options):
-    """PointMaze, whose goal moves and episodes end only by their time limit; UserError if it cannot be."""
+def make_simulator(name):
+    """PointMaze with a goal that stays, its episodes ended by their time limit, or UserError."""
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # no advice on other environments
     try:
         import gymnasium_robotics
-    except ImportError as error:
-        command = "pip install gymnasium-robotics==1.4.2"
-        raise UserError(f"the mazes need a package that is not here ({error}): {command}") from None
-    gymnasium.register_envs(gymnasium_robotics)
-    return gymnasium.make(MAZES[name][0], continuing_task=True, reset_target=False, **options)
+
+        gymnasium.register_envs(gymnasium_robotics)
+        return gymnasium.make(MAZES[name][0], continuing_task=True, reset_target=False)
+    except (ImportError, gymnasium.error.Error) as error:
+        command = "pip install gymnasium-robotics==1.4.2 mujoco==3.8.0"
+        raise UserError(f"the mazes cannot be simulated ({error}): {command}") from None
 
 
 class Maze:
@@ -96,14 +98,14 @@ class MazeTask(gymnasium.Wrapper):
     (single-task), or with random_goals one of the simulator's for each episode (multi-task).
     """
 
-    def __init__(self, maze, random_goals=False, **options):
-        super().__init__(make_simulator(maze.name, **options))
+    def __init__(self, maze, random_goals=False):
+        super().__init__(make_simulator(maze.name))
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (6,))
         self.fixed = None if random_goals else maze.fixed_goal
         self.reset_options = {} if random_goals else {"goal_cell": np.array(maze.goal_cell)}
 
     def reset(self, seed=None, options=None):
-        observation, info = self.env.reset(seed=seed, options=self.reset_options | (options or {}))
+        observation, info = self.env.reset(seed=seed, options=self.reset_options)
         if self.fixed is not None:  # without the simulator's noise
             set_goal(self.unwrapped, self.fixed)
         return self.with_goal(observation), info
@@ -161,10 +163,11 @@ def record(maze, steps, noise=0.0, seed=0):
         while len(actions) < min(maze.steps, steps - done):
             action = controller(observation["observation"]) + noise * rng.normal(size=2)
             actions.append(np.clip(action, -1, 1).astype(np.float32))
-            observation, reward, *_ = simulator.step(actions[-1])
+            observation, *_ = simulator.step(actions[-1])
             observations.append(observation)
-            rewards.append(float(reward))
-            if np.linalg.norm(observation["achieved_goal"] - goal) < WAYPOINT_RADIUS:
+            distance = np.linalg.norm(observation["achieved_goal"] - goal)
+            rewards.append(float(distance <= GOAL_RADIUS))
+            if distance < WAYPOINT_RADIUS:
                 break
         done += len(actions)
         ends = np.arange(1, len(actions) + 1) == len(actions)
@@ -189,27 +192,38 @@ def local_id(name, noise=0.0):
 
 
 def exists(dataset_id):
-    """Whether Minari has that set on this machine."""
+    """Whether Minari has that set on this machine, and whole: its count of rows is written last."""
     import minari
 
-    return dataset_id in minari.list_local_datasets()
+    return minari.list_local_datasets().get(dataset_id, {}).get("total_steps", 0) > 0
 
 
 def collect(maze, steps=1_000_000, noise=0.0, seed=0, dataset_id=None):
-    """Record a maze's data as a local Minari set, with D4RL's reference scores -> its id."""
+    """Record a maze's data as a local Minari set -> its id. UserError if the id is no good."""
     import minari
+    from minari.dataset.minari_dataset import parse_dataset_id
+    from minari.storage import get_dataset_path
 
     dataset_id = dataset_id or local_id(maze.name, noise)
+    try:
+        parse_dataset_id(dataset_id)
+    except (ValueError, TypeError):
+        raise UserError(f"--out {dataset_id}: must be a Minari id like maze2d/mine-v0") from None
     if exists(dataset_id):
         raise UserError(f"{dataset_id} exists: `minari delete {dataset_id}`, or give another --out")
-    _, _, random, expert = MAZES[maze.name]
-    minari.create_dataset_from_buffers(
-        dataset_id,
-        record(maze, steps, noise, seed),
-        env=make_simulator(maze.name).spec,
-        ref_min_score=random,
-        ref_max_score=expert,
-        algorithm_name="shortest path and PD controller, after D4RL's Maze2d",
-        description=f"{steps:,} rows, action noise {noise}, seed {seed}",
-    )
+    episodes, folder = record(maze, steps, noise, seed), get_dataset_path(dataset_id)
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
+    print(f"{maze.name}: writing {len(episodes):,} episodes to {folder}", flush=True)
+    try:
+        minari.create_dataset_from_buffers(
+            dataset_id,
+            episodes,
+            env=make_simulator(maze.name).spec,
+            eval_env=make_simulator(maze.name).spec,
+            algorithm_name="shortest path and PD controller, after D4RL's Maze2d",
+            description=f"{steps:,} rows, action noise {noise}, seed {seed}",
+        )
+    except BaseException:  # half a set is no set
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return dataset_id

@@ -1,5 +1,6 @@
 """Tests of the mazes, their data and their planner against oracles: python -m pytest -q."""
 
+import dataclasses
 import itertools
 import json
 import sys
@@ -118,6 +119,7 @@ def test_the_recipe_is_one_drive_cut_where_a_goal_is_reached(umaze):
         assert len(np.unique(goals, axis=0)) == 1
         states = one.observations["observation"]
         assert np.array_equal(states[-1], following.observations["observation"][0])
+        assert np.array_equal(one.rewards, distances[1:] <= 0.5)
         # PointMaze integrates: the position moves by 10 ms of the new velocity
         assert np.diff(states[:, :2], axis=0) == pytest.approx(0.01 * states[1:, 2:], abs=1e-3)
         assert one.truncations.tolist() == [False] * (len(one) - 1) + [True]
@@ -223,7 +225,7 @@ def test_a_plan_is_driven_by_the_pd_rule_from_the_true_state_and_its_end_is_held
 
 
 def test_r_sees_the_students_clamped_plan_with_pinned_ends(monkeypatch):
-    """Eq. 8 on the planner's own one-call plan; teacher and student keep both ends clean."""
+    """Eq. 8 on the student's own one-call plan, whose ends are the condition's."""
     torch.manual_seed(0)
     config = ractd.Config(horizon=16, channels=(8,), path_batch=0, grid_points=5, tilted_steps=0)
     net = maze2d.make_unet(config, [6, 4], student=True)
@@ -274,8 +276,65 @@ def test_end_to_end_trains_once_and_leaves_every_number_and_picture(capsys):
         ]
     capsys.readouterr()
     data, flags = "--data=minari:maze2d/tiny-v0", ["--env=maze2d-umaze", "--out=run"]
-    refused(capsys, ractd.main(["evaluate", *flags]), "plans of states")
+    refused(capsys, ractd.main(["evaluate", *flags]), "plan: states in the file, actions asked")
     refused(capsys, ractd.main(["distill", *flags, data, *TINY]), "made otherwise", "data")
+
+
+def test_a_plan_through_a_wall_and_one_with_a_leap_are_told(umaze):
+    def line(*corners, n=60):
+        pairs = itertools.pairwise(np.array([umaze.center(cell) for cell in corners]))
+        return np.concatenate([np.linspace(*pair, n, endpoint=False) for pair in pairs])
+
+    around = ((1, 1), (1, 2), (1, 3), (2, 3), (3, 3))
+    good, leap = line(*around), line(*around)
+    leap[30:] += [0.0, 0.12]
+    through = line((1, 1), (3, 1), n=240)
+    corner = line((1, 3), (3, 3), n=240)
+    corner[120:] = umaze.center((3, 1))  # one step from a free place to another, over walls
+    plans = np.concatenate([[good, leap, through, corner], np.zeros((4, 240, 2))], axis=2)
+    alone = [maze2d.plan_faults(umaze, plan[None]) for plan in plans]
+    assert [(one["wall"], one["jump"]) for one in alone] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    together = maze2d.plan_faults(umaze, plans)
+    assert (together["wall"], together["jump"]) == (0.5, 0.5)
+    assert together["longest_step"][1] == pytest.approx(np.hypot(0.12, 1 / 60), rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+def test_a_plan_depends_on_its_own_generator_alone_and_on_the_temperature(stage):
+    torch.manual_seed(0)
+    config = ractd.Config(horizon=16, channels=(8,), nfe=3, grid_points=5, teacher_points=4)
+    net = maze2d.make_unet(config, [6, 4], stage == "student")
+    table = {"obs": torch.tensor([[0.0] * 4, [2.0] * 4])}
+    saved = {"stage": stage, "dims": [6, 4], "ema": net.state_dict(), "normalizer": table}
+    observations = np.random.default_rng(0).uniform(-1, 1, (3, 6))
+
+    def plans(rows, temperature=1.0):
+        torch.manual_seed(len(rows))
+        how = dataclasses.replace(config, temperature=temperature)
+        generators = [np.random.default_rng(row) for row in rows]
+        return maze2d.Planner(saved, how, torch.device("cpu"))(observations[rows], generators)
+
+    assert plans([1]) == pytest.approx(plans([0, 1, 2])[1:2], abs=1e-5)
+    assert np.abs(plans([1]) - plans([1], 0.5)).max() > 1e-3
+    assert plans([0, 1, 2])[:, 0] == pytest.approx(observations[:, :4], abs=1e-6)
+    assert plans([0, 1, 2])[:, -1, :2] == pytest.approx(observations[:, 4:], abs=1e-6)
+
+
+def test_half_a_set_is_no_set(umaze, monkeypatch):
+    def broken(dataset_id, *_, **__):
+        folder = minari.storage.get_dataset_path(dataset_id)
+        folder.mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(minari, "create_dataset_from_buffers", broken)
+        with pytest.raises(KeyboardInterrupt):
+            pointmaze.collect(umaze, 30, dataset_id="maze/half-v0")
+    assert not pointmaze.exists("maze/half-v0")
+    minari.storage.get_dataset_path("maze/half-v0").mkdir(parents=True)  # as after a kill
+    with pytest.warns(UserWarning):
+        assert pointmaze.collect(umaze, 30, dataset_id="maze/half-v0") == "maze/half-v0"
+    assert pointmaze.exists("maze/half-v0")
 
 
 def test_without_data_they_are_made_by_the_recipe(monkeypatch):
@@ -306,6 +365,11 @@ def test_bad_input_gets_a_sentence(capsys, monkeypatch):
     refused(capsys, collect.main(["--env=maze2d-umaze", "--kind=medium"]), "--kind")
     refused(capsys, collect.main(["--env=Hopper-v4", "--noise=0.5"]), "--noise")
     refused(capsys, maze2d.main([*drive, "--replan=-1"]), "--replan")
-    refused(capsys, maze2d.main([*drive, "--tilted-steps=5"]), "--tilted-steps")
+    for flag in ["--tilted-steps=5", "--preset=paper", "--candidates=2", "--reward-weight=0"]:
+        refused(capsys, maze2d.main([*drive, flag]), flag.split("=")[0])
+    refused(capsys, maze2d.main([*drive, "--horizon=33"]), "--horizon")
+    for name in ("umaze.hdf5", "umaze"):
+        code = collect.main(["--env=maze2d-umaze", "--steps=9", f"--out={name}"])
+        refused(capsys, code, name, "Minari id")
     monkeypatch.setitem(sys.modules, "gymnasium_robotics", None)
     refused(capsys, maze2d.main(["--maze=umaze"]), "pip install gymnasium-robotics")
