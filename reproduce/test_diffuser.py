@@ -1,0 +1,171 @@
+"""Tests of Diffuser against closed forms for Gaussian data: python -m pytest -q."""
+
+import itertools
+import json
+import math
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import ractd
+from reproduce import diffuser
+
+torch.set_num_threads(1)  # more would round differently
+ENV, MEAN, SD, SLOPE = "hopper-medium-replay", 0.3, 0.4, 0.7
+TINY = ["--horizon=8", "--channels=8", "--episodes=2", "--candidates=2", "--data=log.hdf5"]
+TINY += ["--guides=1", "--stop=15"]
+TINY += [f"--{stage}-{name}" for stage in ("teacher", "reward") for name in ("steps=6", "batch=8")]
+
+
+def denoiser(x, t):
+    """E[x0 | x] where x0 ~ N(MEAN, SD^2)."""
+    return MEAN + SD**2 / (SD**2 + t**2) * (x - MEAN)
+
+
+def value(x, t):
+    """E[SLOPE x0 | x], summed over the plan: (B,)."""
+    return SLOPE * denoiser(x, t).sum((1, 2))
+
+
+def sample(scale=0.0, guides=2, stop=2, n=200_000):
+    torch.manual_seed(0)
+    sigmas = diffuser.cosine_sigmas()
+    x = MEAN + math.sqrt(SD**2 + 80**2) * torch.randn(n, 1, 1)
+    noise = torch.randn_like
+    x = diffuser.guided_sample(denoiser, value, x, sigmas, noise, scale, guides, stop)
+    return x, list(itertools.pairwise(sigmas.tolist()))
+
+
+def test_the_levels_are_those_of_the_cosine_schedule():
+    levels = "12.81 6.365 4.2 3.104 2.435 1.981 1.648 1.391 1.184 1.012 .866 .738 .624 .52 .425"
+    levels = [80.0, *map(float, levels.split()), 0.336, 0.251, 0.169, 0.09, 0.02]
+    assert diffuser.cosine_sigmas().tolist() == pytest.approx(levels, rel=0.01)
+
+
+def test_an_ancestral_step_has_the_mean_and_variance_of_the_posterior():
+    """Of x at u, given x at t and x0: a Brownian bridge in the variance, from 0 to t^2."""
+    torch.manual_seed(0)
+    x0, t, u, n = 0.4, 2.0, 0.7, 400_000
+    at_u = x0 + u * torch.randn(n, 1, 1)
+    at_t = at_u + math.sqrt(t**2 - u**2) * torch.randn(n, 1, 1)
+    stepped = diffuser.ancestral_step(at_t, torch.tensor(x0), t, u, torch.randn(n, 1, 1))
+    assert stepped.mean().item() == pytest.approx(x0, abs=0.005)
+    assert stepped.std().item() == pytest.approx(u, rel=0.005)
+    covariance = ((stepped - x0) * (at_t - x0)).mean().item()
+    assert covariance == pytest.approx(u**2, rel=0.01)
+    one = diffuser.ancestral_step(at_t[:9], torch.tensor(x0), t, u, torch.zeros(9, 1, 1))
+    assert torch.allclose(one, x0 + (u / t) ** 2 * (at_t[:9] - x0))
+
+
+def test_unguided_samples_have_the_mean_of_the_data_and_the_variance_of_the_recursion():
+    x, steps = sample()
+    variance = SD**2 + 80**2
+    for i, (t, u) in enumerate(steps):  # the last step adds no noise
+        shrink = (SD**2 + u**2) / (SD**2 + t**2)
+        added = u**2 * (t**2 - u**2) / t**2 if i < len(steps) - 1 else 0.0
+        variance = shrink**2 * variance + added
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.005)
+    assert x.var().item() == pytest.approx(variance, rel=0.02)
+    assert variance < SD**2 + 0.02**2  # twenty steps leave the samples too narrow
+
+
+@pytest.mark.parametrize(("guides", "stop"), [(2, 2), (1, 0), (3, 20)])
+def test_a_linear_value_shifts_gaussian_samples_as_the_closed_form_says(guides, stop):
+    scale = 0.05
+    x, steps = sample(scale, guides, stop)
+    plain, _ = sample()
+    shift = 0.0
+    for i, (t, u) in enumerate(steps):
+        k = SD**2 / (SD**2 + t**2)
+        if i < len(steps) - stop:
+            shift += guides * scale * u**2 * (t**2 - u**2) / t**2 * SLOPE * k
+        shift *= (SD**2 + u**2) / (SD**2 + t**2)
+    assert (x - plain).mean().item() == pytest.approx(shift, rel=1e-3, abs=1e-6)
+    assert (x - plain).std().item() == pytest.approx(0, abs=1e-4) and (shift > 0) == (stop < 20)
+
+
+def test_windows_are_actions_and_states_of_one_episode_and_their_return():
+    torch.manual_seed(0)
+    lengths, rows = (12, 4, 30), np.arange(46.0)
+    ends = np.cumsum(lengths) - 1
+    columns = [np.stack([rows, -rows], 1), rows[:, None], np.ones(46)]
+    columns += [np.isin(range(46), ends[:2]), np.isin(range(46), ends[2:])]
+    data = ractd.Dataset("d", "file", columns)
+    batches = diffuser.JointBatches(data, horizon=8, gamma=0.9)
+    state, plan, target = batches.windows(2000)
+    raw = ractd.decode(plan[..., :1], batches.normalizer["action"]).squeeze(2).round().numpy()
+    states = ractd.decode(plan[..., 1:], batches.normalizer["obs"]).round().numpy()
+    assert np.array_equal(raw, raw[:, :1] + np.arange(8))
+    assert np.array_equal(states[..., 0], raw) and np.array_equal(states[..., 1], -raw)
+    assert torch.equal(state, plan[:, 0, 1:])
+    assert {*raw[:, 0]} == {*range(5), *range(16, 39)}
+    go = ractd.returns_to_go(data.rewards, data.begins, data.ends, data.terminated, 0.9)
+    found = ractd.decode(target[:, None], batches.normalizer["return"]).squeeze(1).numpy()
+    assert found == pytest.approx(go[raw[:, 0].astype(int)], abs=1e-4)
+
+
+def test_the_first_state_is_pinned_and_the_value_hears_plan_state_and_level():
+    torch.manual_seed(0)
+    config = ractd.Config(horizon=8, channels=(8,), patch=1)
+    net, V = (diffuser.make_net(config, (4, 2), kind) for kind in (ractd.UNet1d, diffuser.Value))
+    x, state = 80 * torch.randn(5, 8, 6), torch.rand(5, 4)
+    assert torch.equal(ractd.denoise(net, x, 80.0, state)[:, 0, 2:], state)
+    base, moved = V(x, 3.0, state), x.clone()
+    assert base.shape == (5,)
+    moved[:, 0, 2:] = 9  # the value sees the clean state in its place
+    assert torch.equal(V(moved, 3.0, state), base)
+    for other in (V(x + 1, 3.0, state), V(x, 2.0, state), V(x, 3.0, state + 1)):
+        assert not torch.allclose(other, base, atol=1e-6)
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    """Random rows in D4RL's layout, in the folder where the test works."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rng, n = np.random.default_rng(0), 133
+    with h5py.File("log.hdf5", "w") as f:
+        f["observations"] = rng.normal(size=(n, 11))
+        f["actions"] = rng.uniform(-0.9, 0.8, (n, 3))
+        f["rewards"] = rng.normal(1, 1, n)
+        f["terminals"] = np.isin(range(n), [39, 52])
+        f["timeouts"] = np.isin(range(n), [47, 112, 132])
+
+
+def test_end_to_end_trains_once_and_writes_every_number(log, capsys, monkeypatch):
+    command = [f"--env={ENV}", *TINY]
+    assert diffuser.main(command) == 0
+    path = f"runs/{ENV}-diffuser/diffuser.json"
+    with open(path) as f:
+        result = json.load(f)
+    assert len(result["returns"]) == 2 and (result["calls"], result["gradients"]) == (20, 5)
+    assert result["train_s"] > 0 and result["candidates"] == 2
+    capsys.readouterr()
+    assert diffuser.main(command) == 0
+    assert "steps/s" not in capsys.readouterr().out
+    with open(path) as f:
+        assert json.load(f)["returns"] == result["returns"]
+    assert diffuser.main([*command, "--gamma=0.9"]) == 2
+    assert "gamma: 0.997 in the file, 0.9 asked" in capsys.readouterr().err
+    best = diffuser.Value.forward
+    monkeypatch.setattr(diffuser.Value, "forward", lambda *inputs: -best(*inputs))
+    assert diffuser.main(command) == 0  # the worst candidate, guided downwards
+    with open(path) as f:
+        assert json.load(f)["returns"] != result["returns"]
+
+
+@pytest.mark.parametrize("flag", ["--scale=-1", "--scale=nan", "--guides=-1", "--stop=21"])
+def test_a_bad_flag_is_refused_by_name(log, flag, capsys):
+    assert diffuser.main([f"--env={ENV}", *TINY, flag]) == 2
+    error = capsys.readouterr().err
+    assert flag.split("=")[0] in error and "Traceback" not in error
+
+
+def test_halfcheetah_has_its_own_horizon(monkeypatch):
+    seen = []
+    monkeypatch.setattr(diffuser, "diffuser", lambda run: seen.append(run.config))
+    assert diffuser.main(["--env=halfcheetah-medium-replay"]) == 0
+    assert diffuser.main([f"--env={ENV}"]) == 0
+    assert [(config.horizon, config.patch) for config in seen] == [(4, 1), (32, 4)]

@@ -1,0 +1,341 @@
+"""Trajectory Diffuser (Huang et al., ECCV 2024, arXiv 2407.16142): a draft, refined by diffusion.
+
+    python -m reproduce.trajectory_diffuser --env hopper-medium-replay [--data FILE]
+    python -m reproduce.trajectory_diffuser --env hopper-medium-replay --sweep    noise levels
+
+Three parts are trained apart, as the stages of `ractd.fit` whose flags (--student-steps, ...) and
+file names in <out> they have:
+
+    student   draft               causal Transformer over (state, return-to-go), a call per step
+    teacher   refinement          EDM denoiser of the next H states, the first one pinned
+    reward    inverse dynamics    the action that leads from one state to the next
+
+An action takes H - 1 draft calls and 2 n - 3 denoiser calls, but only the plan's second state gets
+to it: unrefined, the first draft call alone would give the same action. At --sigma 80 nothing would
+be left of a draft, and none is made: plain diffusion. The return-to-go asked for is a quantile of
+the data's, always the same, as the return is discounted. (Released: undiscounted, and what was
+earned is taken off.) Unlike the released code, the draft is trained without a look at what it is to
+predict (--no-mask: as released), and before it is refined noise is added to it, as a denoiser has
+seen nothing else (--no-noise: as released, there at a level of about 0.04 in units of this one).
+What is finished is not repeated. The width of the draft is the last of --channels.
+"""
+
+import copy
+import dataclasses
+import functools
+import json
+import math
+import sys
+
+import numpy as np
+import torch
+from torch import nn
+
+import ractd
+from reproduce.common import data_label, make_parser, points, run_command, write_json
+
+PARTS = {"teacher": "refinement", "reward": "inverse dynamics", "student": "draft"}  # by stage
+SWEEP = (0.0, 0.04, 0.1, 0.25, 0.5, 1.0, ractd.SIGMA_MAX)
+HORIZONS = {"halfcheetah": 8, "hopper": 16, "walker2d": 32}  # as released; other tasks: 16
+DEFAULTS = "--student-steps 5000 --student-batch 64 --reward-steps 10000"
+USED = {"seed", "horizon", "channels", "kernel", "blocks", "patch", "episodes", "first_seed"}
+USED |= {f"{stage}_{name}" for stage in PARTS for name in ("steps", "batch", "lr", "warmup")}
+
+
+class StateBatches:
+    """Tokens (state, return-to-go) of `ractd.Batches`, N rows, where windows and pairs are drawn.
+
+    tokens (N, O + 1), actions (N, A): scaled to [-1, 1]; scale (O + 1,): how much a token changes
+    in one step, the standard deviation.
+    """
+
+    def __init__(self, batches):
+        self.tokens = torch.cat([batches.obs, batches.returns_to_go[:, None]], dim=1)
+        self.actions, self.starts, self.chunk = batches.actions, batches.starts, batches.chunk
+        rows = torch.arange(len(self.tokens), device=self.tokens.device)
+        self.followed = rows[rows < batches.lasts]  # by a row of the same episode
+        std = (self.tokens[self.followed + 1] - self.tokens[self.followed]).std(0)
+        self.scale = torch.where(std > 1e-6, std, 1.0)  # a constant column stays
+
+    def draw(self, rows, batch):
+        """Some of the rows, each as likely: (B,)."""
+        return rows[torch.randint(len(rows), (batch,), device=rows.device)]
+
+    def windows(self, batch):
+        """Tokens of random windows inside one episode: (B, H, O + 1)."""
+        return self.tokens[self.draw(self.starts, batch)[:, None] + self.chunk]
+
+    def pairs(self, batch):
+        """Random steps inside one episode: state (B, O), next state (B, O), action (B, A)."""
+        rows = self.draw(self.followed, batch)
+        return self.tokens[rows, :-1], self.tokens[rows + 1, :-1], self.actions[rows]
+
+
+class Draft(nn.Module):
+    """Transformer over tokens x_0 .. x_{L-1}: output i predicts x_{i+1}, (B, L, D) -> (B, L, D).
+
+    L is at most `horizon`. causal: output i sees x_0 .. x_i; else all, its own target among them,
+    unless i = L - 1. It predicts the change from x_i to x_{i+1}, in units of `scale` (D,).
+    """
+
+    def __init__(self, dim, horizon, width, causal=True, layers=4, heads=4):
+        super().__init__()
+        self.causal, size = causal, {"dim_feedforward": 4 * width, "dropout": 0.0}
+        self.register_buffer("scale", torch.ones(dim))
+        self.embed = nn.Linear(dim, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(horizon, width))
+        self.layers = nn.ModuleList(  # nn.TransformerEncoder would give them all the same weights
+            nn.TransformerEncoderLayer(
+                width, heads, **size, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(layers)
+        )
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
+
+    def forward(self, tokens):
+        n, mask = tokens.shape[1], None
+        if self.causal:
+            mask = nn.Transformer.generate_square_subsequent_mask(n, device=tokens.device)
+        y = self.embed(tokens) + self.positions[:n]
+        for layer in self.layers:
+            y = layer(y, mask, is_causal=self.causal)
+        return tokens + self.scale * self.out(y)
+
+
+def rollout(model, token, horizon):
+    """Tokens (B, D) at step 0 -> (B, H, D), each following one by a call of the model: H - 1.
+
+    model: callable, tokens (B, L, D) -> those one step later (B, L, D), of which the last counts.
+    """
+    tokens = token[:, None]
+    for _ in range(horizon - 1):
+        tokens = torch.cat([tokens, model(tokens)[:, -1:]], dim=1)
+    return tokens
+
+
+def refine(denoiser, draft, sigma, n=3, noise=0.0):
+    """A draft (B, H, O), taken for a plan at noise level sigma, brought to smin in 2 n - 3 calls.
+
+    denoiser: callable (x, t) -> x0; noise: N(0, 1) like the draft, or 0. For plans of N(0, s^2)
+    with r^2 = (s^2 + smin^2) / (s^2 + sigma^2) a bias b of the draft becomes r b, its variance v
+    with noise r^2 (v + sigma^2 - smin^2): s^2 + smin^2 for v = s^2 + smin^2, as in data at smin.
+    """
+    x = draft + math.sqrt(sigma**2 - ractd.SIGMA_MIN**2) * noise
+    return ractd.heun_sample(denoiser, x, ractd.karras_sigmas(n, smax=sigma))
+
+
+class InverseDynamics(nn.Module):
+    """The action that leads from one state to the next: (B, O), (B, O) -> (B, A), not clipped.
+
+    It reads the change between them in units of `scale` (O,): states of one step are much alike.
+    """
+
+    def __init__(self, state_dim, action_dim, width=256):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(state_dim))
+        hidden = ractd.mlp(2 * state_dim, width)[:-2]  # without its output, a single number
+        self.net = nn.Sequential(*hidden, nn.Linear(width, action_dim))
+
+    def forward(self, state, following):
+        return self.net(torch.cat([state, (following - state) / self.scale], dim=1))
+
+
+def make_network(stage, config, dims, causal=True):
+    """The untrained part of a stage; dims: sizes of an observation and an action, O and A."""
+    states, actions = dims
+    if stage == "student":
+        return Draft(states + 1, config.horizon, config.channels[-1], causal)
+    if stage == "reward":
+        return InverseDynamics(states, actions)
+    net = ractd.make_unet(config, [states + 1, states])  # a plan of states, given (s_0, g_0)
+    net.pinned = tuple((0, i) for i in range(states))
+    return net
+
+
+def stage_loss(stage, config, batches, dims, _, causal=True):
+    """(network, loss_fn(net, average)) of a part, in place of `ractd.stage_loss`."""
+    data, device = StateBatches(batches), batches.obs.device
+    net = make_network(stage, config, dims, causal).to(device)
+
+    def refinement_loss(net, _):
+        tokens = data.windows(config.teacher_batch)
+        x0, condition = tokens[..., :-1], tokens[:, 0]  # (B, H, O), (B, O + 1)
+        t, noise = ractd.lognormal_levels(len(x0), device), torch.randn_like(x0)
+        return ractd.edm_loss(lambda x, t: ractd.denoise(net, x, t, condition), x0, t, noise), {}
+
+    def inverse_dynamics_loss(net, _):
+        state, following, action = data.pairs(config.reward_batch)
+        return (net(state, following) - action).square().mean(), {}
+
+    def draft_loss(net, _):
+        tokens = data.windows(config.student_batch)
+        error = (net(tokens[:, :-1]) - tokens[:, 1:]) / data.scale  # 1: that of the mean change
+        return error.square().mean(), {}
+
+    if stage == "teacher":
+        return net, refinement_loss
+    net.scale.copy_(data.scale[: len(net.scale)])
+    return net, inverse_dynamics_loss if stage == "reward" else draft_loss
+
+
+def train(run, batches, meta):
+    """The finished checkpoints of the parts, by stage: from the run's folder or trained now."""
+    models, make = {}, functools.partial(stage_loss, causal=not run.no_mask)
+    for stage, part in PARTS.items():
+        own = copy.copy(run)
+        if stage == "student" and run.no_mask:
+            part, own.out = "draft without mask", run.out / "variants" / "no-mask"
+        own.env = f"{run.env}, Trajectory Diffuser's {part}"  # not to be taken for one of RACTD's
+        about = meta | {"env": own.env, "causal": not run.no_mask}
+        print(f"\n== {part}", flush=True)
+        models[stage] = ractd.load_or_train(own, stage, batches, about, {}, make)
+    return models
+
+
+class Planner:
+    """The trained parts, acting in `ractd.evaluate`: raw observations in, one raw action out.
+
+    models: checkpoints by stage; target: scaled return-to-go to ask for; sigma: noise level that
+    the draft is refined from, 0: not at all; n: points of Heun's method; noisy: noise is added.
+    draft_calls, denoiser_calls: network calls per action.
+    """
+
+    def __init__(self, models, target, sigma, n=3, noisy=True, device="cpu"):
+        config, dims = ractd.Config(**models["teacher"]["config"]), models["teacher"]["dims"]
+        self.nets, causal = {}, models["student"]["causal"]
+        for stage, model in models.items():
+            net = self.nets[stage] = make_network(stage, config, dims, causal).to(device)
+            net.eval().requires_grad_(False).load_state_dict(model["ema"])
+        tables = models["teacher"]["normalizer"]
+        self.obs_table, self.action_table = (tables[x].to(device) for x in ("obs", "action"))
+        self.target, self.sigma, self.n, self.noisy, self.device = target, sigma, n, noisy, device
+        self.shape = (config.horizon, dims[0])  # (H, O)
+        self.draft_calls = 0 if noisy and sigma == ractd.SIGMA_MAX else config.horizon - 1
+        self.denoiser_calls = 2 * n - 3 if sigma else 0
+        # the same for all states, so made once
+        self.level = functools.cache(functools.partial(ractd.precondition, self.nets["teacher"]))
+
+    @torch.inference_mode()
+    def __call__(self, observations, generators):
+        """observations (B, O), B numpy Generators for the noise -> plans of one action (B, 1, A)."""
+        observations = torch.tensor(observations, dtype=torch.float32, device=self.device)
+        state = ractd.encode(observations, self.obs_table)
+        token = nn.functional.pad(state, (0, 1), value=self.target)  # (s_0, g_0), (B, O + 1)
+        plan, noise = state.new_zeros(len(state), *self.shape), 0.0
+        if self.draft_calls:
+            plan = rollout(self.nets["student"], token, self.shape[0])[..., :-1]
+        if self.sigma:
+            if self.noisy:
+                rows = [g.standard_normal(self.shape, np.float32) for g in generators]
+                noise = torch.from_numpy(np.stack(rows)).to(self.device)
+            net, level = self.nets["teacher"], self.level
+            denoiser = lambda x, t: ractd.denoise(net, x, t, token, level=level(t))
+            plan = refine(denoiser, plan, self.sigma, self.n, noise)
+        action = self.nets["reward"](state, plan[:, 1]).clamp(-1, 1)  # in the action box
+        return ractd.decode(action, self.action_table)[:, None].cpu().numpy()
+
+
+def result_path(run, sigma):
+    """The file of the numbers of a noise level, or of a "sweep"."""
+    variant = "_no-noise" * run.no_noise + "_no-mask" * run.no_mask
+    seeds = f"{run.config.first_seed}-{run.config.first_seed + run.config.episodes - 1}"
+    how = f"sigma-{sigma}{variant}_points{run.points}_q{run.target_quantile:g}_seeds{seeds}"
+    return run.out / f"score_trajectory-diffuser_{how}.json"
+
+
+def score(run, models, meta, target, sigma):
+    """The metrics of acting with a noise level: from their file, or evaluated now and written."""
+    config, path = run.config, result_path(run, sigma)
+    weights = {PARTS[stage]: ractd.weights_id(model) for stage, model in models.items()}
+    if path.exists() and (metrics := json.loads(path.read_text()))["weights"] == weights:
+        print(f"sigma {sigma:g}: score from {path}")
+        return metrics
+    print(f"sigma {sigma:g}: evaluation, {config.episodes} episodes", flush=True)
+    act = Planner(models, target, sigma, run.points, not run.no_noise, run.device)
+    make_env = ractd.simulator(run.env, meta["dataset"])
+    result = ractd.evaluate(act, make_env, config.episodes, config.first_seed)
+    mean, sem, unit = points(run.env, result["returns"], meta["dataset"])
+    metrics = {"env": run.env, "dataset": meta["dataset"], "method": "Trajectory Diffuser"}
+    metrics |= {"weights": weights, "sigma": sigma, "noise": not run.no_noise}
+    metrics |= {"mask": not run.no_mask, "points": run.points}
+    metrics |= {"target_quantile": run.target_quantile}
+    metrics |= {"draft_calls": act.draft_calls, "denoiser_calls": act.denoiser_calls}
+    metrics |= {"train_s": {PARTS[stage]: model["seconds"] for stage, model in models.items()}}
+    metrics |= {"seed": config.seed, "episodes": config.episodes, "first_seed": config.first_seed}
+    metrics |= {"return_mean": float(np.mean(result["returns"])), **result}
+    metrics |= {"score_mean": mean, "score_sem": sem, "unit": unit}
+    write_json(path, metrics)
+    return metrics
+
+
+def trajectory_diffuser(run):
+    """Train what is missing, score it at one noise level or at all of the sweep, print a table."""
+    batches, meta = ractd.load_data(run)
+    models = train(run, batches, meta)
+    target = float(np.quantile(batches.returns_to_go.cpu().numpy(), run.target_quantile))
+    print(flush=True)
+    sigmas = SWEEP if run.sweep else (run.sigma,)
+    rows = [score(run, models, meta, target, sigma) for sigma in sigmas]
+    print(f"\n{data_label(run.env, meta['dataset'])}, {run.config.episodes} episodes")
+    print(f"sigma   draft calls   denoiser calls   {rows[0]['unit']}")
+    for row in rows:
+        numbers = f"{row['sigma']:<5g}{row['draft_calls']:14}{row['denoiser_calls']:17}"
+        print(f"{numbers}   {row['score_mean']:.1f} +- {row['score_sem']:.1f}")
+    if run.sweep:
+        write_json(result_path(run, "sweep"), rows)
+    print(f"All numbers: {result_path(run, 'sweep' if run.sweep else run.sigma)}")
+
+
+def check(run):
+    """Raise UserError for a flag, of this program or of `ractd.py distill`, that makes no sense."""
+    unused = [field.name for field in dataclasses.fields(ractd.Config) if field.name not in USED]
+    for name in ("preset", *unused):
+        if getattr(run, name, None) not in (None, "default"):
+            flag = "--" + name.replace("_", "-")
+            raise ractd.UserError(f"{flag} has no meaning for Trajectory Diffuser; leave it out")
+    smin, smax = ractd.SIGMA_MIN, ractd.SIGMA_MAX
+    if run.sigma != 0 and not smin < run.sigma <= smax:
+        raise ractd.UserError(f"--sigma {run.sigma}: must be 0, or more than {smin} up to {smax}")
+    for name, low, high in (("points", 2, 1000), ("target_quantile", 0, 1)):
+        if not low <= getattr(run, name) <= high:
+            flag = "--" + name.replace("_", "-")
+            raise ractd.UserError(f"{flag} {getattr(run, name)}: must be in {low} to {high}")
+
+
+def main(argv=None):
+    """The command line -> exit code, see `run_command`."""
+    parser = make_parser("trajectory_diffuser", f"{__doc__}\nDefaults: {DEFAULTS}")
+    add, level = parser.add_argument, parser.add_mutually_exclusive_group()
+    text = "noise level that the draft is refined from; 0: not at all (default: 0.25)"
+    level.add_argument("--sigma", type=float, default=0.25, help=text)
+    level.add_argument("--sweep", action="store_true", help=f"score all of {SWEEP}")
+    add("--points", type=int, default=3, help="n of Heun, 2 n - 3 denoiser calls (default: 3)")
+    add("--no-noise", action="store_true", help="refine the draft as it is, as released")
+    add("--no-mask", action="store_true", help="draft without causal mask, as released")
+    text = "the return-to-go to ask for, as a quantile of the data's (default: 0.98)"
+    add("--target-quantile", type=float, default=0.98, help=text)
+
+    flags = ("data", "out", "device", *sorted(USED))
+    listed = ", ".join("--" + name.replace("_", "-") for name in flags)
+    parser.epilog = f"Of the flags of `python ractd.py distill` it takes --env, {listed}."
+
+    def command():
+        own, rest = parser.parse_known_args(argv)
+        run = ractd.build_parser().parse_args(["distill", *DEFAULTS.split(), *rest], own)
+        check(run)
+        if run.horizon is None:
+            run.horizon = HORIZONS.get(str(run.env).split("-")[0], 16)
+        out, run.reward_actions = run.out, 1  # no R here that would need a longer horizon
+        ractd.resolve(run)
+        if out is None:  # not the folder of `ractd.py`
+            run.out = run.out.with_name(f"{run.out.name}-trajectory-diffuser")
+        if run.config.horizon < 2 or run.config.channels[-1] % 4:
+            what = "2 or more, the last of --channels a multiple of 4, the draft's heads"
+            raise ractd.UserError(f"--horizon must be {what}")
+        trajectory_diffuser(run)
+
+    return run_command("trajectory_diffuser.py", command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
