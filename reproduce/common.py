@@ -51,14 +51,14 @@ def run_command(program, command):
 class Experiment:
     """The data of a run and models trained on them, each once; finished ones are not repeated.
 
-    run: of `parse_run`; batches, meta: of load(run), as `ractd.load_data`'s; make: what takes the
-    place of `ractd.stage_loss`. A model with other hyperparameters than the run's has a folder of
+    run: of `parse_run`; batches, meta: of `ractd.load_data`; load, make: what takes the place of
+    that function and of `ractd.stage_loss`, for other plans. A model with other hyperparameters than the run's has a folder of
     its own, <out>/variants/<name>; the others lie in <out>.
     """
 
-    def __init__(self, run, load=ractd.load_data, make=None):
+    def __init__(self, run, load=None, make=None):
         self.run, self.make = run, make
-        self.batches, self.meta = load(run)
+        self.batches, self.meta = (load or ractd.load_data)(run)
 
     def variant(self, stages, changes, name=""):
         """The run with `changes` of Config, in the folder of those that matter to these stages.

@@ -175,12 +175,16 @@ class Planner:
         return ractd.decode(first.clamp(-1, 1), self.tables["action"]).cpu().numpy()
 
 
+def train(run):
+    """The finished checkpoints of denoiser and value, from the run's folder or trained now."""
+    experiment = Experiment(run, load_joint, diffuser_loss)
+    return experiment.model("teacher"), experiment.model("reward")
+
+
 def diffuser(run):
     """Train what is missing, score, write diffuser.json, print the row."""
-    config = run.config
-    experiment = Experiment(run, load_joint, diffuser_loss)
-    denoiser, value = experiment.model("teacher"), experiment.model("reward")
-    planner, data = Planner(denoiser, value, run), experiment.meta["dataset"]
+    config, (denoiser, value) = run.config, train(run)
+    planner, data = Planner(denoiser, value, run), denoiser["dataset"]
     print(f"evaluation: {config.episodes} episodes, {config.candidates} candidates", flush=True)
     began = time.perf_counter()
     make_env = ractd.simulator(run.env, data)
@@ -201,28 +205,29 @@ def diffuser(run):
     print(f"All numbers: {path}")
 
 
-def main(argv=None):
-    """The command line -> exit code, see `run_command`."""
+def parse(argv=None):
+    """The run that a command line describes, checked."""
     parser = make_parser("diffuser", f"{__doc__}{PRESET}\n--horizon 32 (halfcheetah: 4, --patch 1)")
     add = parser.add_argument
     add("--scale", type=float, default=0.1, help="of the guidance; 0: none (default: 0.1)")
     add("--guides", type=int, default=2, help="gradient steps in a sampling step (default: 2)")
     add("--stop", type=int, default=2, help="last sampling steps without them (default: 2)")
+    own, rest = parser.parse_known_args(argv)
+    if not (0 <= own.scale < math.inf and own.guides >= 0 and 0 <= own.stop <= 20):
+        raise ractd.UserError("--scale and --guides must be at least 0, --stop from 0 to 20")
+    cheetah = any("halfcheetah" in flag for flag in rest)
+    size = ["--horizon=4", "--patch=1"] if cheetah else ["--horizon=32"]
+    run = ractd.build_parser().parse_args(["distill", *size, *PRESET.split(), *rest], own)
+    named = run.out
+    ractd.resolve(run)
+    if not named:
+        run.out = run.out.with_name(f"{run.out.name}-diffuser")
+    return run
 
-    def command():
-        own, rest = parser.parse_known_args(argv)
-        if not (0 <= own.scale < math.inf and own.guides >= 0 and 0 <= own.stop <= 20):
-            raise ractd.UserError("--scale and --guides must be at least 0, --stop from 0 to 20")
-        cheetah = any("halfcheetah" in flag for flag in rest)
-        size = ["--horizon=4", "--patch=1"] if cheetah else ["--horizon=32"]
-        run = ractd.build_parser().parse_args(["distill", *size, *PRESET.split(), *rest], own)
-        named = run.out
-        ractd.resolve(run)
-        if not named:
-            run.out = run.out.with_name(f"{run.out.name}-diffuser")
-        diffuser(run)
 
-    return run_command("diffuser.py", command)
+def main(argv=None):
+    """The command line -> exit code, see `run_command`."""
+    return run_command("diffuser.py", lambda: diffuser(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -251,7 +251,7 @@ def test_an_ablation_of_acting_trains_nothing(run, monkeypatch):
 
 def test_without_reference_scores_an_ablation_shows_returns(run, monkeypatch):
     out, flags = run
-    monkeypatch.setattr(ractd, "normalized_score", lambda env, value: value * math.nan)
+    monkeypatch.setattr(ractd, "normalized_score", lambda env, value, data: value * math.nan)
     assert ablate.main([*flags, "--what=nfe"]) == 0
     rows = read(out / "ablate_nfe.json")["rows"]
     assert {row["unit"] for row in rows} == {"return"}

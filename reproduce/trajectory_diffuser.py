@@ -302,8 +302,8 @@ def check(run):
             raise ractd.UserError(f"{flag} {getattr(run, name)}: must be in {low} to {high}")
 
 
-def main(argv=None):
-    """The command line -> exit code, see `run_command`."""
+def parse(argv=None):
+    """The run that a command line describes, checked."""
     parser = make_parser("trajectory_diffuser", f"{__doc__}\nDefaults: {DEFAULTS}")
     add, level = parser.add_argument, parser.add_mutually_exclusive_group()
     text = "noise level that the draft is refined from; 0: not at all (default: 0.25)"
@@ -318,23 +318,24 @@ def main(argv=None):
     flags = ("data", "out", "device", *sorted(USED))
     listed = ", ".join("--" + name.replace("_", "-") for name in flags)
     parser.epilog = f"Of the flags of `python ractd.py distill` it takes --env, {listed}."
+    own, rest = parser.parse_known_args(argv)
+    run = ractd.build_parser().parse_args(["distill", *DEFAULTS.split(), *rest], own)
+    check(run)
+    if run.horizon is None:
+        run.horizon = HORIZONS.get(str(run.env).split("-")[0], 16)
+    out, run.reward_actions = run.out, 1  # no R here that would need a longer horizon
+    ractd.resolve(run)
+    if out is None:  # not the folder of `ractd.py`
+        run.out = run.out.with_name(f"{run.out.name}-trajectory-diffuser")
+    if run.config.horizon < 2 or run.config.channels[-1] % 4:
+        what = "2 or more, the last of --channels a multiple of 4, the draft's heads"
+        raise ractd.UserError(f"--horizon must be {what}")
+    return run
 
-    def command():
-        own, rest = parser.parse_known_args(argv)
-        run = ractd.build_parser().parse_args(["distill", *DEFAULTS.split(), *rest], own)
-        check(run)
-        if run.horizon is None:
-            run.horizon = HORIZONS.get(str(run.env).split("-")[0], 16)
-        out, run.reward_actions = run.out, 1  # no R here that would need a longer horizon
-        ractd.resolve(run)
-        if out is None:  # not the folder of `ractd.py`
-            run.out = run.out.with_name(f"{run.out.name}-trajectory-diffuser")
-        if run.config.horizon < 2 or run.config.channels[-1] % 4:
-            what = "2 or more, the last of --channels a multiple of 4, the draft's heads"
-            raise ractd.UserError(f"--horizon must be {what}")
-        trajectory_diffuser(run)
 
-    return run_command("trajectory_diffuser.py", command)
+def main(argv=None):
+    """The command line -> exit code, see `run_command`."""
+    return run_command("trajectory_diffuser.py", lambda: trajectory_diffuser(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,223 @@
+"""RACTD beside the planners it is compared with: the same data, simulator, episodes and machine.
+
+    python -m reproduce.compare --env hopper-medium-replay --episodes 100 [--data FILE]
+
+Behaviour cloning (the mean of the teacher's actions), Diffuser, Trajectory Diffuser (draft alone,
+refined, and from pure noise in as many calls), EDM teacher, CTD and RACTD, each as its own program
+trains it, with the defaults of that program. For each the score, network calls and time per action
+at batch 1, in turns, and the time of training. Trains what is missing in <out> (default:
+runs/<env>-compare), keeps finished scores, writes <out>/compare.json and compare.png, score against
+time per action. Scores of what takes longer than --slow ms per action are of --slow-episodes.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import ractd
+from reproduce import diffuser, trajectory_diffuser
+from reproduce.bench import device_name
+from reproduce.common import (
+    COLORS,
+    Experiment,
+    canvas,
+    data_label,
+    in_turns,
+    points,
+    run_command,
+    save_picture,
+    write_json,
+)
+
+TEACHERS, LEVEL = (80, 20, 10), 0.25  # points of Heun; noise level of the refinement
+
+
+@dataclasses.dataclass
+class Row:
+    """A way to act: act as in `ractd.evaluate`, network calls per action, seconds of training.
+
+    weights: what tells its models from others.
+    """
+
+    label: str
+    act: object
+    calls: dict
+    train_s: float
+    weights: list
+
+
+class MeanAction:
+    """Behaviour cloning: the mean of the logged plans in a state, D(x, 80) of the teacher."""
+
+    def __init__(self, teacher, device):
+        self.policy = ractd.Policy(teacher, device=device)
+
+    @torch.inference_mode()
+    def __call__(self, observations, generators):
+        policy = self.policy
+        raw = torch.as_tensor(np.asarray(observations, np.float32), device=policy.device)
+        state = ractd.encode(raw, policy.tables["obs"])
+        noise = state.new_zeros(len(state), *policy.shape)
+        plan = ractd.denoise(policy.net, noise, ractd.SIGMA_MAX, state).clamp(-1, 1)
+        return ractd.decode(plan, policy.tables["action"]).cpu().numpy()
+
+
+def ractd_rows(run):
+    """Behaviour cloning, the teacher by Heun's method, CTD and RACTD."""
+    experiment = Experiment(run)
+    teacher = experiment.model("teacher")
+    seconds, weights = teacher["seconds"], [ractd.weights_id(teacher)]
+    act = MeanAction(teacher, run.device)
+    yield Row("behaviour cloning", act, {"denoiser": 1}, seconds, weights)
+    for n in TEACHERS:
+        how = dataclasses.replace(run.config, teacher_points=n)
+        policy = ractd.Policy(teacher, how, run.device)
+        yield Row(f"teacher, {n} points", policy.act, {"denoiser": policy.calls}, seconds, weights)
+    for label, changes in (("CTD", {"reward_weight": 0.0}), ("RACTD", {})):
+        student = experiment.student(changes)
+        stages = [] if changes else [experiment.model(stage) for stage in ("reward", "tilted")]
+        total = seconds + sum(model["seconds"] for model in (*stages, student))
+        act = ractd.Policy(student, run.config, run.device).act
+        yield Row(label, act, {"student": 1}, total, [ractd.weights_id(student)])
+
+
+def diffuser_rows(run):
+    """Diffuser, guided and replanning at every step."""
+    models = diffuser.train(run)
+    planner = diffuser.Planner(*models, run)
+    calls = {"denoiser": planner.calls, "value gradient": planner.gradients}
+    seconds = sum(model["seconds"] for model in models)
+    label = f"Diffuser, {run.config.candidates} candidates"
+    yield Row(label, planner.act, calls, seconds, [ractd.weights_id(model) for model in models])
+
+
+def trajectory_diffuser_rows(run):
+    """Trajectory Diffuser: the draft alone, refined with and without noise, and pure noise."""
+    batches, meta = ractd.load_data(run)
+    models = trajectory_diffuser.train(run, batches, meta)
+    target = float(np.quantile(batches.returns_to_go.cpu().numpy(), run.target_quantile))
+    parts = {
+        "draft alone": (0.0, True, ("student", "reward")),
+        "refined": (LEVEL, True, ("student", "teacher", "reward")),
+        "refined without noise": (LEVEL, False, ("student", "teacher", "reward")),
+        "pure noise": (ractd.SIGMA_MAX, True, ("teacher", "reward")),
+    }
+    for name, (sigma, noisy, used) in parts.items():
+        # from pure noise in as many calls as draft and refinement together, or one fewer
+        n = run.points + (0 if sigma < ractd.SIGMA_MAX else (run.config.horizon - 1) // 2)
+        act = trajectory_diffuser.Planner(models, target, sigma, n, noisy, run.device)
+        calls = {"draft": act.draft_calls, "denoiser": act.denoiser_calls, "inverse dynamics": 1}
+        seconds = sum(models[stage]["seconds"] for stage in used)
+        weights = [ractd.weights_id(models[stage]) for stage in used]
+        yield Row(f"Trajectory Diffuser, {name}", act, calls, seconds, weights)
+
+
+def measure(row, run, meta, ms, episodes):
+    """The row's numbers, its score from <out>/compare_<label>.json or evaluated and kept there."""
+    first = run.config.first_seed
+    asked = {"weights": row.weights, "calls": row.calls, "episodes": episodes, "first_seed": first}
+    path = run.out / f"compare_{row.label.replace(', ', '_').replace(' ', '_')}.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if kept.get("asked") != asked:
+        print(f"\n== {row.label}: {episodes} episodes", flush=True)
+        make_env = ractd.simulator(run.env, meta["dataset"])
+        result = ractd.evaluate(row.act, make_env, episodes, first)
+        mean, sem, unit = points(run.env, result["returns"], meta["dataset"])
+        kept = {"asked": asked, "score": mean, "sem": sem, "unit": unit, **result}
+        write_json(path, kept)
+    about = {"label": row.label, "calls": row.calls, "train_s": row.train_s, "ms": ms[0]}
+    return about | {"ms_iqr": ms[1], "episodes": episodes} | kept
+
+
+def compare(runs, slow, slow_episodes):
+    """Train what is missing, time, score, write compare.json, print the table, draw it.
+
+    runs: of ractd, diffuser and trajectory_diffuser, as their own command lines make them.
+    """
+    makers = (ractd_rows, diffuser_rows, trajectory_diffuser_rows)
+    rows = [row for maker, run in zip(makers, runs, strict=True) for row in maker(run)]
+    run = runs[0]
+    _, meta = ractd.load_data(run)
+    observations = np.zeros((1, meta["dims"][0]), np.float32)
+    generators = [np.random.default_rng(0)]
+    print("time per action", flush=True)
+    calls = {row.label: lambda act=row.act: act(observations, generators) for row in rows}
+    times, few = in_turns(calls, turns=20), min(slow_episodes, run.config.episodes)
+    numbers = []
+    for row in rows:
+        ms = times[row.label]
+        episodes = few if ms[0] > slow else run.config.episodes
+        numbers.append(measure(row, run, meta, ms, episodes))
+    about = {"env": run.env, "dataset": meta["dataset"], "seed": run.config.seed}
+    result = about | {"device": device_name(run.device), "rows": numbers}
+    path = run.out / "compare.json"
+    write_json(path, result)
+    title = f"{data_label(run.env, meta['dataset'])}; {result['device']}"
+    unit = numbers[0]["unit"]
+    print(f"\n{title}\n{'':44}{unit:>18}  episodes  ms/action  training s   calls per action")
+    for row in numbers:
+        score = f"{row['score']:.1f} +- {row['sem']:.1f}"
+        each = ", ".join(f"{n} {name}" for name, n in row["calls"].items() if n)
+        line = f"{row['label']:44}{score:>18}{row['episodes']:10}{row['ms']:11.2f}"
+        print(f"{line}{row['train_s']:12.0f}   {each}")
+    print(f"All numbers: {path}")
+    draw(numbers, title, unit, path.with_suffix(".png"))
+
+
+def draw(rows, title, unit, path):
+    """Score against milliseconds per action, a point for every row."""
+    figure, axis = canvas(6.5, 4.2, title)
+    for row in rows:
+        family = row["label"].split(",")[0]
+        color = COLORS.get(family, COLORS["data"])
+        axis.errorbar(row["ms"], row["score"], row["sem"], fmt="o", capsize=3, color=color)
+        at = (row["ms"], row["score"])
+        axis.annotate(row["label"], at, (5, 4), textcoords="offset points", fontsize=7)
+    axis.margins(0.25, 0.12)
+    axis.set(xscale="log", xlabel="ms per action, one at a time", ylabel=unit)
+    save_picture(figure, path)
+
+
+def main(argv=None):
+    """The command line -> exit code, see `run_command`."""
+    parser = argparse.ArgumentParser(
+        prog="compare.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--env", required=True, help="as in `python ractd.py distill`")
+    add("--data", default="", help="FILE.hdf5 or minari:ID (default: D4RL's file of --env)")
+    add("--out", type=Path, help="folder, in it one of each method (default: runs/<env>-compare)")
+    add("--device", default="cpu", help="cpu, cuda:0, ... (default: cpu)")
+    add("--seed", type=int, default=0, help="of all training (default: 0)")
+    add("--episodes", type=int, default=20, help="evaluation episodes (default: 20)")
+    add("--first-seed", type=int, default=0, help="episode i has seed first_seed + i (default: 0)")
+    add("--slow", type=float, default=50.0, help="ms per action that are slow (default: 50)")
+    add("--slow-episodes", type=int, default=20, help="episodes of what is slow (default: 20)")
+    own = parser.parse_args(argv)
+
+    def command():
+        if own.slow_episodes < 1:
+            raise ractd.UserError("--slow-episodes must be at least 1")
+        out = own.out or Path("runs") / f"{own.env.replace('/', '-')}-compare"
+        common = [f"--env={own.env}", f"--data={own.data}", f"--device={own.device}"]
+        common += [f"--seed={own.seed}", f"--first-seed={own.first_seed}"]
+        common += [f"--episodes={own.episodes}"]
+        run = ractd.build_parser().parse_args(["distill", *common, f"--out={out}"])
+        ractd.resolve(run)
+        runs = [run, diffuser.parse([*common, f"--out={out / 'diffuser'}"])]
+        runs += [trajectory_diffuser.parse([*common, f"--out={out / 'trajectory_diffuser'}"])]
+        compare(runs, own.slow, own.slow_episodes)
+
+    return run_command("compare.py", command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
