@@ -52,8 +52,8 @@ class Experiment:
     """The data of a run and models trained on them, each once; finished ones are not repeated.
 
     run: of `parse_run`; batches, meta: of `ractd.load_data`; load, make: what takes the place of
-    that function and of `ractd.stage_loss`, for other plans. A model with other hyperparameters than the run's has a folder of
-    its own, <out>/variants/<name>; the others lie in <out>.
+    that function and of `ractd.stage_loss`, for other plans. A model with other hyperparameters
+    than the run's has a folder of its own, <out>/variants/<name>; the others lie in <out>.
     """
 
     def __init__(self, run, load=None, make=None):
