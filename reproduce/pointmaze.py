@@ -22,7 +22,6 @@ MAZES = {
     "large": ("PointMaze_Large-v3", (7, 9), 6.7, 273.99),
 }
 GOAL_RADIUS, WAYPOINT_RADIUS = 0.5, 0.1  # D4RL's
-FASTEST = 0.05  # the longest step: 5 a second at most, in 10 ms
 
 
 def make_simulator(name):

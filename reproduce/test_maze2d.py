@@ -264,7 +264,7 @@ def test_end_to_end_trains_once_and_leaves_every_number_and_picture(capsys):
         assert plans.shape == (3, 32, 2) and driven.shape == (3, 300, 2) and row["ms"] > 0
         assert plans[:, 0] == pytest.approx(driven[:, 0], abs=1e-5)  # the ends are pinned
         goal = pointmaze.Maze("umaze").fixed_goal
-        assert np.abs(plans[:, -1] - goal).max() < 1e-5 and row["jump"] > 0
+        assert np.abs(plans[:, -1] - goal).max() < 1e-5
     for name, head in (("maze2d.png", b"\x89PNG"), ("maze2d.gif", b"GIF8")):
         with open(f"run/{name}", "rb") as f:
             assert f.read(4) == head
@@ -287,16 +287,17 @@ def test_a_plan_through_a_wall_and_one_with_a_leap_are_told(umaze):
 
     around = ((1, 1), (1, 2), (1, 3), (2, 3), (3, 3))
     good, leap = line(*around), line(*around)
-    leap[30:] += [0.0, 0.12]
+    leap[30:] += [0.0, 0.32]
     through = line((1, 1), (3, 1), n=240)
     corner = line((1, 3), (3, 3), n=240)
     corner[120:] = umaze.center((3, 1))  # one step from a free place to another, over walls
     plans = np.concatenate([[good, leap, through, corner], np.zeros((4, 240, 2))], axis=2)
     alone = [maze2d.plan_faults(umaze, plan[None]) for plan in plans]
-    assert [(one["wall"], one["jump"]) for one in alone] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [one["wall"] for one in alone] == [0, 0, 1, 1]
     together = maze2d.plan_faults(umaze, plans)
-    assert (together["wall"], together["jump"]) == (0.5, 0.5)
-    assert together["longest_step"][1] == pytest.approx(np.hypot(0.12, 1 / 60), rel=1e-3)
+    assert together["wall"] == 0.5
+    longest = [1 / 60, np.hypot(0.32, 1 / 60), 1 / 120, np.hypot(2, 1)]
+    assert together["longest_step"] == pytest.approx(longest, rel=0.02)
 
 
 @pytest.mark.parametrize("stage", ["teacher", "student"])
