@@ -42,6 +42,7 @@ ROWS = (  # label, who acts, changes of Config
     ("teacher, 80 points", "teacher", {"teacher_points": 80}),
     ("CTD", "student", {"reward_weight": 0.0}),
     ("RACTD", "student", {}),
+    ("RACTD, best of 16", "student", {"candidates": 16}),
 )
 
 
@@ -143,6 +144,13 @@ def make_unet(config, dims, student=False):
     return net
 
 
+def make_reward_model(checkpoint):
+    """R of a loaded reward.pt, frozen: (N, 6), a state and a goal, -> (N,)."""
+    R = ractd.mlp(6, 128)
+    R.load_state_dict(checkpoint["ema"])
+    return R.eval().requires_grad_(False)
+
+
 def plan_return(reward_model, state, plan):
     """R summed over the states of a plan (B, H, 4), with the goals of conditions (B, 6): (B,)."""
     goals = state[:, None, 4:].expand(-1, plan.shape[1], -1)
@@ -176,9 +184,7 @@ def maze_loss(stage, config, batches, dims, built_on):
         return teacher, teacher_loss
     teacher.load_state_dict(built_on["teacher"]["ema"])
     if config.reward_weight:
-        R = ractd.mlp(6, 128).to(device)
-        R.load_state_dict(built_on["reward"]["ema"])
-        R.eval().requires_grad_(False)
+        R = make_reward_model(built_on["reward"]).to(device)
         reward = lambda state, plan: plan_return(R, state, plan)
     student = make_unet(config, dims, student=True).to(device)
     ractd.warm_start(student, teacher.eval().requires_grad_(False))
@@ -186,9 +192,12 @@ def maze_loss(stage, config, batches, dims, built_on):
 
 
 class Planner:
-    """A loaded teacher or student: observations (B, 6) -> plans of states (B, H, 4), both raw."""
+    """A loaded teacher or student: observations (B, 6) -> plans of states (B, H, 4), both raw.
 
-    def __init__(self, checkpoint, config, device):
+    config: Config, how it acts; reward: reward.pt, loaded, for more than one candidate.
+    """
+
+    def __init__(self, checkpoint, config, device, reward=None):
         self.student, self.config = checkpoint["stage"] == "student", config
         self.net = make_unet(config, checkpoint["dims"], self.student).to(device)
         self.net.eval().requires_grad_(False).load_state_dict(checkpoint["ema"])
@@ -196,19 +205,22 @@ class Planner:
         points = config.grid_points if self.student else config.teacher_points
         self.sigmas, self.device = ractd.karras_sigmas(points), device
         self.calls = config.nfe if self.student else 2 * points - 3
+        self.reward_model = reward and make_reward_model(reward).to(device)
 
     @torch.inference_mode()
     def __call__(self, observations, generators):
         """generators: a numpy Generator for the noise of each row."""
-        config, net = self.config, self.net
+        config, net, n = self.config, self.net, self.config.candidates
 
         def noise(_):
-            rows = [g.standard_normal((config.horizon, 4), np.float32) for g in generators]
-            return config.temperature * torch.from_numpy(np.stack(rows)).to(self.device)
+            shape = (n, config.horizon, 4)
+            rows = [generator.standard_normal(shape, np.float32) for generator in generators]
+            return config.temperature * torch.from_numpy(np.concatenate(rows)).to(self.device)
 
         state = torch.tensor(observations, dtype=torch.float32, device=self.device)
         goal = ractd.encode(state[:, 4:], self.table[:, :2])
         state = torch.cat([ractd.encode(state[:, :4], self.table), goal], dim=1)
+        state = state.repeat_interleave(n, 0)
         x_T = net.pin(ractd.SIGMA_MAX * noise(None), state)
         if self.student:
             jump = lambda x, t, k: ractd.student_jump(net, x, t, k, state)
@@ -216,7 +228,11 @@ class Planner:
         else:
             denoiser = lambda x, t: ractd.denoise(net, x, t, state)
             x = ractd.heun_sample(denoiser, x_T, self.sigmas)
-        return ractd.decode(net.pin(x.clamp(-1, 1), state), self.table).cpu().numpy()
+        x = net.pin(x.clamp(-1, 1), state)
+        if n > 1:
+            best = plan_return(self.reward_model, state, x).reshape(-1, n).argmax(1)
+            x = x.reshape(-1, n, *x.shape[1:])[torch.arange(len(best)), best]
+        return ractd.decode(x, self.table).cpu().numpy()
 
 
 class OpenLoop:
@@ -311,7 +327,9 @@ def maze2d(run):
     rows, planners = [measure(run, "controller of the data", None, about)], {}
     for label, actor, changes in ROWS:
         model = experiment.student(changes) if actor == "student" else experiment.model(actor)
-        planners[label] = Planner(model, dataclasses.replace(config, **changes), run.device)
+        how = dataclasses.replace(config, **changes)
+        reward = experiment.model("reward") if how.candidates > 1 else None
+        planners[label] = Planner(model, how, run.device, reward)
         asked = about | acting | {"weights": ractd.weights_id(model)}
         rows.append(measure(run, label, planners[label], asked) | {"train_s": model["seconds"]})
     example = np.concatenate([maze.center(maze.cells[0]), np.zeros(2), maze.fixed_goal])[None]
@@ -327,7 +345,8 @@ def maze2d(run):
     print(f"All numbers: {path}")
     figures.draw_maze(result, maze, path.with_suffix(".png"))
     if run.video:
-        figures.animate_maze(rows[-1], maze, path.with_suffix(".gif"))
+        row = next(row for row in rows if row["label"] == "RACTD")
+        figures.animate_maze(row, maze, path.with_suffix(".gif"))
 
 
 def print_table(result):

@@ -258,7 +258,7 @@ def test_end_to_end_trains_once_and_leaves_every_number_and_picture(capsys):
         for task in ("single", "multi"):
             assert len(row[task]["returns"]) == 3 and 0 <= row[task]["reached"] <= 1
     assert result["rows"][0]["single"]["reached"] == 1
-    assert [row["calls"] for row in result["rows"]] == [0, 37, 157, 1, 1]
+    assert [row["calls"] for row in result["rows"]] == [0, 37, 157, 1, 1, 1]
     for row in result["rows"][1:]:
         plans, driven = np.array(row["plans"]), np.array(row["driven"])
         assert plans.shape == (3, 32, 2) and driven.shape == (3, 300, 2) and row["ms"] > 0
@@ -319,6 +319,25 @@ def test_a_plan_depends_on_its_own_generator_alone_and_on_the_temperature(stage)
     assert np.abs(plans([1]) - plans([1], 0.5)).max() > 1e-3
     assert plans([0, 1, 2])[:, 0] == pytest.approx(observations[:, :4], abs=1e-6)
     assert plans([0, 1, 2])[:, -1, :2] == pytest.approx(observations[:, 4:], abs=1e-6)
+
+
+def test_of_several_plans_the_one_that_r_likes_best_is_driven():
+    torch.manual_seed(0)
+    config = ractd.Config(horizon=16, channels=(8,), grid_points=5, temperature=1.0)
+    net, R = maze2d.make_unet(config, [6, 4], student=True), ractd.mlp(6, 128)
+    table = {"obs": torch.tensor([[0.0] * 4, [1.0] * 4])}
+    saved = {"stage": "student", "dims": [6, 4], "ema": net.state_dict(), "normalizer": table}
+    observations = np.random.default_rng(0).uniform(-1, 1, (3, 6))
+    one = maze2d.Planner(saved, config, torch.device("cpu"))
+    how = dataclasses.replace(config, candidates=5)
+    many = maze2d.Planner(saved, how, torch.device("cpu"), {"ema": R.state_dict()})
+    chosen = many(observations, [np.random.default_rng(row) for row in range(3)])
+    for row in range(3):
+        generator, state = np.random.default_rng(row), observations[row : row + 1]
+        plans = np.concatenate([one(state, [generator]) for _ in range(5)])
+        inputs = torch.tensor(np.repeat(state, 5, 0)).float(), torch.tensor(plans)
+        best = maze2d.plan_return(R.eval(), *inputs).argmax().item()
+        assert chosen[row] == pytest.approx(plans[best], abs=1e-5)
 
 
 def test_half_a_set_is_no_set(umaze, monkeypatch):
