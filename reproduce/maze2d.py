@@ -28,9 +28,13 @@ from reproduce.common import Experiment, in_turns, make_parser, run_command, wri
 
 # the small preset; H as in the paper
 PRESET = """--channels 32 64 128 --kernel 5 --patch 8 --teacher-batch 128 --student-batch 128
---path-batch 64 --teacher-steps 6000 --reward-steps 2000 --student-steps 1500 --reward-weight 0.3
---tilted-steps 0 --temperature 0.25 --episodes 100"""
-HORIZONS = {"umaze": 128, "medium": 256, "large": 384}
+--path-batch 64 --teacher-steps 6000 --reward-steps 2000 --student-steps 1500 --tilted-steps 0
+--temperature 0.25 --episodes 100"""
+FLAGS = {  # of each maze; sigma is of a sum over the plan, whose gradient grows with H
+    "umaze": "--horizon 128 --reward-weight 0.3",
+    "medium": "--horizon 256 --reward-weight 0.1",
+    "large": "--horizon 384 --reward-weight 0.1",
+}
 LEAP = 0.25  # of a cell: a step so long is no noise; the simulator's longest one is 0.05
 PINNED = ((0, 0), (0, 1), (0, 2), (0, 3), (-1, 0), (-1, 1))  # first state, last position
 PAPER = {  # single-task D4RL scores with D4RL's data
@@ -386,10 +390,10 @@ def refuse(run):
 
 def main(argv=None):
     """The command line -> exit code, see `run_command`."""
-    horizons = ", ".join(f"{maze} {horizon}" for maze, horizon in HORIZONS.items())
-    parser = make_parser("maze2d", f"{__doc__}{PRESET}\n--horizon: {horizons}")
+    each = "\n".join(f"{maze}: {flags}" for maze, flags in FLAGS.items())
+    parser = make_parser("maze2d", f"{__doc__}{PRESET}\n{each}")
     add = parser.add_argument
-    add("--maze", required=True, metavar="MAZE", help=", ".join(HORIZONS))
+    add("--maze", required=True, metavar="MAZE", help=", ".join(FLAGS))
     add("--data", help="minari:ID of a PointMaze set (default: D4RL's recipe, made here)")
     add("--video", action="store_true", help="RACTD's first episode as a GIF, too")
     add(
@@ -404,7 +408,7 @@ def main(argv=None):
         maze = pointmaze.Maze(own.maze)
         own_data = f"minari:{pointmaze.local_id(maze.name)}"
         data = own.data or own_data
-        flags = [f"--horizon={HORIZONS[maze.name]}", *PRESET.split(), *rest]
+        flags = [*PRESET.split(), *FLAGS[maze.name].split(), *rest]
         flags += [
             f"--env=maze2d-{maze.name}",
             f"--data={data}",
