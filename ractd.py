@@ -1231,7 +1231,7 @@ def main(argv=None):
         else:
             path = run.out / f"{run.model}.pt"
             saved = load_checkpoint(path, run.model, run.device)
-            check_compatible(path, saved, {"env": run.env, "plan": "actions"})
+            check_compatible(path, {"plan": "actions"} | saved, {"env": run.env, "plan": "actions"})
             if run.temperature is None:  # not given: as its preset meant it
                 run.config.temperature = saved["config"]["temperature"]
             if run.command == "export":

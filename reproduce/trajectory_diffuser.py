@@ -186,7 +186,7 @@ def train(run, batches, meta):
         if stage == "student" and run.no_mask:
             part, own.out = "draft without mask", run.out / "variants" / "no-mask"
         own.env = f"{run.env}, Trajectory Diffuser's {part}"  # not to be taken for one of RACTD's
-        about = meta | {"env": own.env, "causal": not run.no_mask}
+        about = meta | {"env": own.env, "plan": "states", "causal": not run.no_mask}
         print(f"\n== {part}", flush=True)
         models[stage] = ractd.load_or_train(own, stage, batches, about, {}, make)
     return models
