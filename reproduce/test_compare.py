@@ -2,7 +2,6 @@
 
 import json
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -17,17 +16,8 @@ SIZES += [f"--{x}-{y}" for x in ("teacher", "reward", "student") for y in ("step
 
 
 @pytest.fixture
-def runs(tmp_path, monkeypatch):
-    """Random rows in D4RL's layout and the three runs on them, at tiny size."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    rng, n = np.random.default_rng(0), 133
-    with h5py.File("log.hdf5", "w") as f:
-        f["observations"] = rng.normal(size=(n, 11))
-        f["actions"] = rng.uniform(-0.9, 0.8, (n, 3))
-        f["rewards"] = rng.normal(1, 1, n)
-        f["terminals"] = np.isin(range(n), [39, 52])
-        f["timeouts"] = np.isin(range(n), [47, 112, 132])
+def runs(log):
+    """The three runs on random rows, at tiny size."""
     run = ractd.build_parser().parse_args(["distill", *SIZES, "--tilted-steps=6", "--out=run"])
     ractd.resolve(run)
     guided = [*SIZES, "--out=run/diffuser", "--candidates=2", "--guides=1", "--stop=15"]

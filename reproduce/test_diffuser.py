@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -118,20 +117,6 @@ def test_the_first_state_is_pinned_and_the_value_hears_plan_state_and_level():
     assert torch.equal(V(moved, 3.0, state), base)
     for other in (V(x + 1, 3.0, state), V(x, 2.0, state), V(x, 3.0, state + 1)):
         assert not torch.allclose(other, base, atol=1e-6)
-
-
-@pytest.fixture
-def log(tmp_path, monkeypatch):
-    """Random rows in D4RL's layout, in the folder where the test works."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    rng, n = np.random.default_rng(0), 133
-    with h5py.File("log.hdf5", "w") as f:
-        f["observations"] = rng.normal(size=(n, 11))
-        f["actions"] = rng.uniform(-0.9, 0.8, (n, 3))
-        f["rewards"] = rng.normal(1, 1, n)
-        f["terminals"] = np.isin(range(n), [39, 52])
-        f["timeouts"] = np.isin(range(n), [47, 112, 132])
 
 
 def test_end_to_end_trains_once_and_writes_every_number(log, capsys, monkeypatch):
