@@ -8,6 +8,7 @@ within 0.25 of a cell's centre. A goal counts within D4RL's radius of 0.5, Point
 import datetime
 import shutil
 import time
+import warnings
 from collections import deque
 
 import gymnasium
@@ -213,15 +214,15 @@ def collect(maze, steps=1_000_000, noise=0.0, seed=0, dataset_id=None):
     episodes, folder = record(maze, steps, noise, seed), get_dataset_path(dataset_id)
     shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
     print(f"{maze.name}: writing {len(episodes):,} episodes to {folder}", flush=True)
+    about = {"algorithm_name": "shortest path and PD controller, after D4RL's Maze2d"}
+    about["description"] = f"{steps:,} rows, action noise {noise}, seed {seed}"
+    spec = make_simulator(maze.name).spec
     try:
-        minari.create_dataset_from_buffers(
-            dataset_id,
-            episodes,
-            env=make_simulator(maze.name).spec,
-            eval_env=make_simulator(maze.name).spec,
-            algorithm_name="shortest path and PD controller, after D4RL's Maze2d",
-            description=f"{steps:,} rows, action noise {noise}, seed {seed}",
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # no author is needed: the set stays here
+            minari.create_dataset_from_buffers(
+                dataset_id, episodes, env=spec, eval_env=spec, **about
+            )
     except BaseException:  # half a set is no set
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -352,8 +352,7 @@ def test_half_a_set_is_no_set(umaze, monkeypatch):
             pointmaze.collect(umaze, 30, dataset_id="maze/half-v0")
     assert not pointmaze.exists("maze/half-v0")
     minari.storage.get_dataset_path("maze/half-v0").mkdir(parents=True)  # as after a kill
-    with pytest.warns(UserWarning):
-        assert pointmaze.collect(umaze, 30, dataset_id="maze/half-v0") == "maze/half-v0"
+    assert pointmaze.collect(umaze, 30, dataset_id="maze/half-v0") == "maze/half-v0"
     assert pointmaze.exists("maze/half-v0")
 
 
