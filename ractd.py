@@ -500,7 +500,7 @@ def denoise(net, x, t, state, k=None, level=None):
     """The teacher's denoiser D(x, t), or the student's g(x, t, k), made of the network F.
 
     x (B, H, A), t and k floats or (B,), state (B, S) -> estimate of the clean plan (B, H, A); at
-    smin x itself, but what is pinned. level: what `precondition` gave, for fixed levels or for other constants.
+    smin x itself, but pins. level: what `precondition` gave, at fixed levels or other constants.
     """
     c_skip, c_out, c_in, embedding = level or precondition(net, t, k)
     return net.pin(c_skip * x + c_out * net(net.pin(c_in * x, state), embedding, state), state)

@@ -95,7 +95,7 @@ def diffuser_loss(stage, config, batches, dims, _):
 
 
 def cosine_sigmas(n=20, smin=ractd.SIGMA_MIN, smax=ractd.SIGMA_MAX, shift=0.008):
-    """The noise levels of Diffuser's cosine schedule, descending, then smin, its 0: (n + 1,) float64.
+    """The noise levels of Diffuser's cosine schedule, descending, then smin: (n + 1,) float64.
 
     sigma = sqrt((1 - abar) / abar) (Nichol, Dhariwal 2021); the first one, where abar = 0, is smax.
     """

@@ -164,7 +164,7 @@ def plan_return(reward_model, state, plan):
 
 
 def maze_loss(stage, config, batches, dims, built_on):
-    """(network, loss_fn(net, average)) of teacher, reward model or student, as `ractd.stage_loss`."""
+    """(network, loss_fn(net, average)) of teacher, R or student, as `ractd.stage_loss`."""
     device = batches.obs.device
 
     def teacher_loss(net, _):

@@ -92,7 +92,7 @@ class Maze:
 
 
 class MazeTask(gymnasium.Wrapper):
-    """D4RL's task: a reward of 1 in each step that ends within 0.5 of the goal, until the time limit.
+    """D4RL's task: a reward of 1 for each step that ends within 0.5 of the goal, to the time limit.
 
     Observation (6,): x, y, their velocities, and the goal's x, y. The goal is D4RL's fixed one
     (single-task), or with random_goals one of the simulator's for each episode (multi-task).

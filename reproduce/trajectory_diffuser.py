@@ -217,7 +217,7 @@ class Planner:
 
     @torch.inference_mode()
     def __call__(self, observations, generators):
-        """observations (B, O), B numpy Generators for the noise -> plans of one action (B, 1, A)."""
+        """observations (B, O), B numpy Generators for noise -> plans of one action (B, 1, A)."""
         observations = torch.tensor(observations, dtype=torch.float32, device=self.device)
         state = ractd.encode(observations, self.obs_table)
         token = nn.functional.pad(state, (0, 1), value=self.target)  # (s_0, g_0), (B, O + 1)
