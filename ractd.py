@@ -675,11 +675,11 @@ def reward_loss(reward_model, state, plan):
     return -reward_model(state, plan.clamp(-1, 1)).mean()
 
 
-def distillation_loss(student, target, teacher, reward_model, state, x0, config):
+def distillation_loss(student, target, teacher, reward_model, state, x0, config, d=pseudo_huber):
     """Eq. 9: alpha (L_CTM + paths) + beta L_DSM + sigma L_Reward, on one batch -> (loss, info).
 
     student, target, teacher: networks; reward_model: callable (state, plan) -> (B,), or None for
-    no Eq. 8; all but the student frozen. state (B, S), x0 (B, H, A); config: Config.
+    no Eq. 8; all but the student frozen. state (B, S), x0 (B, H, A); config: Config; d: of Eq. 5.
     """
     denoiser = lambda x, t: denoise(teacher, x, t, state[: len(x)])
     frozen_jump = lambda x, t, k: student_jump(target, x, t, k, state)
@@ -699,12 +699,12 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
     if config.dsm_target == "jump":
         g_dsm = jump_from(student.pin(x_dsm, state), g_dsm, t_dsm, zero)  # G(x_t, t, 0)
 
-    ctm = ctm_loss(g_ctm, x_t, t, u, k, denoiser, frozen_jump)
+    ctm = ctm_loss(g_ctm, x_t, t, u, k, denoiser, frozen_jump, distance=d)
     dsm = dsm_loss(g_dsm, x0, t_dsm, distance)
     info = {"ctm": ctm.detach(), "dsm": dsm.detach()}
     if n:
         plan = jump_from(x_T, g_T, top[:n], zero[:n])
-        path = path_loss(plan, x_T, denoiser, karras_sigmas(7))  # 11 calls a path
+        path = path_loss(plan, x_T, denoiser, karras_sigmas(7), d)  # 11 calls a path
         ctm, info["path"] = ctm + path, path.detach()
     loss = config.ctm_weight * ctm + config.dsm_weight * dsm
     if reward_model is None:

@@ -446,7 +446,7 @@ def test_the_ctm_gradient_passes_through_the_outer_frozen_jump_but_not_to_the_ta
     assert g.grad.flatten(1).norm(dim=1).min() > 0
 
 
-def distil(student=None, teacher=1, **config):
+def distil(student=None, teacher=1, d=ractd.pseudo_huber, **config):
     """distillation_loss on fixed random networks and data -> (loss, info, networks)."""
     nets = SimpleNamespace(student=student or network(0, True), teacher=network(teacher))
     nets.target = frozen(network(2, True))
@@ -456,9 +456,15 @@ def distil(student=None, teacher=1, **config):
     config = Config(**{"grid_points": 10, "reward_weight": 1.0, **config})
     reward_model = nets.R if config.reward_weight else None
     loss, info = ractd.distillation_loss(
-        nets.student, nets.target, nets.teacher, reward_model, state, x0, config
+        nets.student, nets.target, nets.teacher, reward_model, state, x0, config, d
     )
     return loss, info, nets
+
+
+def test_the_distance_of_eq_5_is_that_of_its_whole_paths_and_of_no_other_loss():
+    (_, usual, _), (_, other, _) = distil(), distil(d=lambda a, b: 3 + 0 * ractd.squared(a, b))
+    assert other["ctm"] == other["path"] == 3 and usual["ctm"] != 3
+    assert other["dsm"] == usual["dsm"] and other["R"] == usual["R"]
 
 
 WEIGHTS = {"ctm_weight": 1.5, "dsm_weight": 3.0, "reward_weight": 2.0}

@@ -36,6 +36,21 @@ def parse_run(parser, argv):
     return run
 
 
+def parse_planner(flags, defaults, unused, own):
+    """The run of a planner's own defaults and the user's flags, both of `ractd.py distill`.
+
+    unused: names of Config that mean nothing to it, UserError if one was given; own: the namespace
+    that holds the planner's own flags already. To be completed by `ractd.resolve`.
+    """
+    given = ractd.build_parser().parse_args(["distill", *flags])
+    given.preset = None if given.preset == "default" else given.preset
+    for name in ("preset", *unused.split()):
+        if getattr(given, name, None) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise ractd.UserError(f"{flag} has no meaning for this planner; leave it out")
+    return ractd.build_parser().parse_args(["distill", *defaults, *flags], own)
+
+
 def run_command(program, command):
     """Call command() -> exit code: 0, 2 for something to put right, 130 for Ctrl-C."""
     try:

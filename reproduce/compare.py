@@ -11,8 +11,10 @@ time per action. Scores of what takes longer than --slow ms per action are of --
 """
 
 import argparse
+import copy
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -34,7 +36,7 @@ from reproduce.common import (
     write_json,
 )
 
-TEACHERS, LEVEL = (80, 20, 10), 0.25  # points of Heun; noise level of the refinement
+TEACHERS = (80, 20, 10)  # points of Heun
 
 
 @dataclasses.dataclass
@@ -87,13 +89,15 @@ def ractd_rows(run):
 
 
 def diffuser_rows(run):
-    """Diffuser, guided and replanning at every step."""
+    """Diffuser, guided and replanning at every step, with fewer candidates and as published."""
     models = diffuser.train(run)
-    planner = diffuser.Planner(*models, run)
-    calls = {"denoiser": planner.calls, "value gradient": planner.gradients}
-    seconds = sum(model["seconds"] for model in models)
-    label = f"Diffuser, {run.config.candidates} candidates"
-    yield Row(label, planner.act, calls, seconds, [ractd.weights_id(model) for model in models])
+    seconds, weights = sum(x["seconds"] for x in models), [ractd.weights_id(x) for x in models]
+    for n in run.diffuser_candidates:
+        own = copy.copy(run)
+        own.config = dataclasses.replace(run.config, candidates=n)
+        planner = diffuser.Planner(*models, own)
+        calls = {"denoiser": planner.calls, "value gradient": planner.gradients}
+        yield Row(f"Diffuser, {n} candidates", planner.act, calls, seconds, weights)
 
 
 def trajectory_diffuser_rows(run):
@@ -103,8 +107,8 @@ def trajectory_diffuser_rows(run):
     target = float(np.quantile(batches.returns_to_go.cpu().numpy(), run.target_quantile))
     parts = {
         "draft alone": (0.0, True, ("student", "reward")),
-        "refined": (LEVEL, True, ("student", "teacher", "reward")),
-        "refined without noise": (LEVEL, False, ("student", "teacher", "reward")),
+        "refined": (run.sigma, True, ("student", "teacher", "reward")),
+        "refined without noise": (run.sigma, False, ("student", "teacher", "reward")),
         "pure noise": (ractd.SIGMA_MAX, True, ("teacher", "reward")),
     }
     for name, (sigma, noisy, used) in parts.items():
@@ -118,7 +122,14 @@ def trajectory_diffuser_rows(run):
 
 
 def measure(row, run, meta, ms, episodes):
-    """The row's numbers, its score from <out>/compare_<label>.json or evaluated and kept there."""
+    """The row's numbers, its score from <out>/compare_<label>.json or evaluated and kept there.
+
+    episodes: 0 for no score.
+    """
+    about = {"label": row.label, "calls": row.calls, "train_s": row.train_s, "ms": ms[0]}
+    about |= {"ms_iqr": ms[1], "episodes": episodes}
+    if not episodes:
+        return about
     first = run.config.first_seed
     asked = {"weights": row.weights, "calls": row.calls, "episodes": episodes, "first_seed": first}
     path = run.out / f"compare_{row.label.replace(', ', '_').replace(' ', '_')}.json"
@@ -130,11 +141,10 @@ def measure(row, run, meta, ms, episodes):
         mean, sem, unit = points(run.env, result["returns"], meta["dataset"])
         kept = {"asked": asked, "score": mean, "sem": sem, "unit": unit, **result}
         write_json(path, kept)
-    about = {"label": row.label, "calls": row.calls, "train_s": row.train_s, "ms": ms[0]}
-    return about | {"ms_iqr": ms[1], "episodes": episodes} | kept
+    return about | kept
 
 
-def compare(runs, slow, slow_episodes):
+def compare(runs, slow, slow_episodes, skip=math.inf):
     """Train what is missing, time, score, write compare.json, print the table, draw it.
 
     runs: of ractd, diffuser and trajectory_diffuser, as their own command lines make them.
@@ -151,22 +161,22 @@ def compare(runs, slow, slow_episodes):
     numbers = []
     for row in rows:
         ms = times[row.label]
-        episodes = few if ms[0] > slow else run.config.episodes
+        episodes = 0 if ms[0] > skip else few if ms[0] > slow else run.config.episodes
         numbers.append(measure(row, run, meta, ms, episodes))
     about = {"env": run.env, "dataset": meta["dataset"], "seed": run.config.seed}
     result = about | {"device": device_name(run.device), "rows": numbers}
     path = run.out / "compare.json"
     write_json(path, result)
     title = f"{data_label(run.env, meta['dataset'])}; {result['device']}"
-    unit = numbers[0]["unit"]
+    unit = numbers[0].get("unit", "score")
     print(f"\n{title}\n{'':44}{unit:>18}  episodes  ms/action  training s   calls per action")
     for row in numbers:
-        score = f"{row['score']:.1f} +- {row['sem']:.1f}"
+        score = f"{row['score']:.1f} +- {row['sem']:.1f}" if row["episodes"] else "-"
         each = ", ".join(f"{n} {name}" for name, n in row["calls"].items() if n)
         line = f"{row['label']:44}{score:>18}{row['episodes']:10}{row['ms']:11.2f}"
         print(f"{line}{row['train_s']:12.0f}   {each}")
     print(f"All numbers: {path}")
-    draw(numbers, title, unit, path.with_suffix(".png"))
+    draw([row for row in numbers if row["episodes"]], title, unit, path.with_suffix(".png"))
 
 
 def draw(rows, title, unit, path):
@@ -201,11 +211,19 @@ def main(argv=None):
     add("--first-seed", type=int, default=0, help="episode i has seed first_seed + i (default: 0)")
     add("--slow", type=float, default=50.0, help="ms per action that are slow (default: 50)")
     add("--slow-episodes", type=int, default=20, help="episodes of what is slow (default: 20)")
+    add(
+        "--skip",
+        type=float,
+        default=math.inf,
+        help="ms from which there is no score (default: inf)",
+    )
+    text = "Diffuser's plans per state, a row each (default: 4 64)"
+    add("--diffuser-candidates", type=int, nargs="+", default=[4, 64], help=text)
     own = parser.parse_args(argv)
 
     def command():
-        if own.slow_episodes < 1:
-            raise ractd.UserError("--slow-episodes must be at least 1")
+        if min(own.slow_episodes, *own.diffuser_candidates) < 1:
+            raise ractd.UserError("--slow-episodes, --diffuser-candidates must be at least 1")
         out = own.out or Path("runs") / f"{own.env.replace('/', '-')}-compare"
         common = [f"--env={own.env}", f"--data={own.data}", f"--device={own.device}"]
         common += [f"--seed={own.seed}", f"--first-seed={own.first_seed}"]
@@ -214,7 +232,8 @@ def main(argv=None):
         ractd.resolve(run)
         runs = [run, diffuser.parse([*common, f"--out={out / 'diffuser'}"])]
         runs += [trajectory_diffuser.parse([*common, f"--out={out / 'trajectory_diffuser'}"])]
-        compare(runs, own.slow, own.slow_episodes)
+        runs[1].diffuser_candidates = own.diffuser_candidates
+        compare(runs, own.slow, own.slow_episodes, own.skip)
 
     return run_command("compare.py", command)
 

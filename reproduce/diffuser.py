@@ -19,10 +19,21 @@ import numpy as np
 import torch
 
 import ractd
-from reproduce.common import Experiment, data_label, make_parser, points, run_command, write_json
+from reproduce.common import (
+    Experiment,
+    data_label,
+    make_parser,
+    parse_planner,
+    points,
+    run_command,
+    write_json,
+)
 
 # gamma as published, H 32 but 4 for halfcheetah; the rest at the size of ractd.py's default
 PRESET = "--gamma 0.997 --candidates 64 --temperature 1 --tilted-steps 0"
+UNUSED = """distance reward_target reward_actions reward_networks tilted_steps student_steps
+student_batch student_lr student_warmup grid_points target_decay path_batch ctm_weight dsm_weight
+reward_weight dsm_target nfe"""  # fields of Config
 TERMINATION = -100.0  # added to the reward of a step that ends an episode, as published
 
 
@@ -217,7 +228,7 @@ def parse(argv=None):
         raise ractd.UserError("--scale and --guides must be at least 0, --stop from 0 to 20")
     cheetah = any("halfcheetah" in flag for flag in rest)
     size = ["--horizon=4", "--patch=1"] if cheetah else ["--horizon=32"]
-    run = ractd.build_parser().parse_args(["distill", *size, *PRESET.split(), *rest], own)
+    run = parse_planner(rest, [*size, *PRESET.split()], UNUSED, own)
     named = run.out
     ractd.resolve(run)
     if not named:

@@ -6,7 +6,7 @@
 
 A plan is H states (x, y and their velocities); the first one and the last one's position, the goal,
 are pinned: they hold clean values at every noise level, in the denoiser and in the jump. R is the
-return-to-go of one state and a goal, and Eq. 8 sums it over the student's one-call plan. A PD rule
+return-to-go of one state and a goal, and Eq. 8 takes its mean over the student's one-call plan. A PD rule
 drives from the true state to the next planned one; after the plan its end is held. Data that are
 not there are made first by D4RL's recipe (`reproduce.collect`). What is finished is not repeated.
 All flags of `python ractd.py distill` are taken too, with these defaults:
@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import sys
+import time
 
 import numpy as np
 import torch
@@ -24,17 +25,22 @@ from gymnasium.spaces import Dict
 
 import ractd
 from reproduce import figures, pointmaze
-from reproduce.common import Experiment, in_turns, make_parser, run_command, write_json
+from reproduce.common import (
+    Experiment,
+    in_turns,
+    make_parser,
+    parse_planner,
+    run_command,
+    write_json,
+)
 
-# the small preset; H as in the paper
+# the small preset; H as in the paper; Eq. 7's weight makes up for how small Eq. 5's squares are
 PRESET = """--channels 32 64 128 --kernel 5 --patch 8 --teacher-batch 128 --student-batch 128
 --path-batch 64 --teacher-steps 6000 --reward-steps 2000 --student-steps 1500 --tilted-steps 0
---temperature 0.25 --episodes 100"""
-FLAGS = {  # of each maze; sigma is of a sum over the plan, whose gradient grows with H
-    "umaze": "--horizon 128 --reward-weight 0.3",
-    "medium": "--horizon 256 --reward-weight 0.1",
-    "large": "--horizon 384 --reward-weight 0.1",
-}
+--dsm-weight 0.1 --reward-weight 1 --temperature 0.25 --episodes 100"""
+UNUSED = "reward_target reward_actions reward_networks candidates distance tilted_steps"
+HORIZONS = {"umaze": 128, "medium": 256, "large": 384}
+PATHS = 32_768  # of the teacher
 LEAP = 0.25  # of a cell: a step so long is no noise; the simulator's longest one is 0.05
 PINNED = ((0, 0), (0, 1), (0, 2), (0, 3), (-1, 0), (-1, 1))  # first state, last position
 PAPER = {  # single-task D4RL scores with D4RL's data
@@ -155,12 +161,40 @@ def make_reward_model(checkpoint):
     return R.eval().requires_grad_(False)
 
 
+def plan_distance(a, b, c=0.1):
+    """sqrt(rms^2 + c^2) - c of plans that differ by rms, a root mean square: (B, H, 4) -> (B,).
+
+    Smaller differences than c count by their squares, so that Eq. 8 bends a plan in proportion to
+    sigma, larger ones as they are, so that no plan that can go one way or another outweighs others.
+    """
+    return ((a - b).square().flatten(1).mean(1) + c**2).sqrt() - c
+
+
 def plan_return(reward_model, state, plan):
-    """R summed over the states of a plan (B, H, 4), with the goals of conditions (B, 6): (B,)."""
+    """R of the states of a plan (B, H, 4) on the way to the goals of conditions (B, 6): (B,).
+
+    Their mean, the paper's sum divided by H: one sigma for all H, as the other distances are means.
+    """
     goals = state[:, None, 4:].expand(-1, plan.shape[1], -1)
-    return (
-        reward_model(torch.cat([plan, goals], dim=2).flatten(0, 1)).reshape(plan.shape[:2]).sum(1)
-    )
+    each = reward_model(torch.cat([plan, goals], dim=2).flatten(0, 1))
+    return each.reshape(plan.shape[:2]).mean(1)
+
+
+def teacher_paths(teacher, batches, temperature, batch=256):
+    """PATHS whole paths of the teacher, solved once: conditions, their noise at T, their ends.
+
+    `ractd.path_loss` solves new ones in every step, of which a long plan needs more than fit in.
+    """
+    paths, told = [], time.monotonic()
+    for n in range(0, PATHS, batch):
+        state, x0 = batches.windows(batch)
+        x_T = temperature * ractd.SIGMA_MAX * torch.randn_like(x0)
+        denoiser = lambda x, t: ractd.denoise(teacher, x, t, state)
+        paths.append((state, x_T, ractd.heun_sample(denoiser, x_T, ractd.karras_sigmas(7))))
+        if time.monotonic() > told + 10:
+            told = time.monotonic()
+            print(f"{n + batch:,} of {PATHS:,} teacher paths", flush=True)
+    return [torch.cat(column) for column in zip(*paths, strict=True)]
 
 
 def maze_loss(stage, config, batches, dims, built_on):
@@ -179,7 +213,13 @@ def maze_loss(stage, config, batches, dims, built_on):
 
     def student_loss(net, average):
         state, x0 = batches.windows(config.student_batch)
-        return ractd.distillation_loss(net, average, teacher, reward, state, x0, config)
+        alone, d = dataclasses.replace(config, path_batch=0), plan_distance
+        loss, info = ractd.distillation_loss(net, average, teacher, reward, state, x0, alone, d)
+        rows = torch.randint(PATHS, (config.path_batch,), device=device)
+        state, x_T, end = (column[rows] for column in paths)
+        plan = ractd.student_jump(net, x_T, ractd.SIGMA_MAX, ractd.SIGMA_MIN, state)
+        path = d(plan, end).mean()
+        return loss + path, info | {"path": path.detach()}
 
     if stage == "reward":
         return ractd.mlp(6, 128).to(device), reward_model_loss
@@ -192,6 +232,7 @@ def maze_loss(stage, config, batches, dims, built_on):
         reward = lambda state, plan: plan_return(R, state, plan)
     student = make_unet(config, dims, student=True).to(device)
     ractd.warm_start(student, teacher.eval().requires_grad_(False))
+    paths = teacher_paths(teacher, batches, config.temperature)
     return student, student_loss
 
 
@@ -370,17 +411,9 @@ def print_table(result):
         print(line + (f"{paper[result['maze']]:8.1f}" if paper else ""))
 
 
-def refuse(run):
-    """UserError for a flag of `ractd.py distill` that means nothing here, or is out of range."""
-    config, default = run.config, ractd.Config()
-    unused = ("reward_target", "reward_actions", "reward_networks", "candidates", "distance")
-    wrong = [name for name in unused if getattr(config, name) != getattr(default, name)]
-    wrong += ["tilted_steps"] if config.tilted_steps else []
-    wrong += ["preset"] if run.preset != "default" else []
-    if wrong:
-        flags = ", ".join("--" + name.replace("_", "-") for name in wrong)
-        raise ractd.UserError(f"{flags}: not for plans of states; leave it out")
-    if not config.reward_weight:
+def check(run):
+    """Raise UserError for a value that is out of range."""
+    if not run.config.reward_weight:
         raise ractd.UserError("--reward-weight must be more than 0; CTD is a row of its own")
     if run.replan < 0:
         raise ractd.UserError("--replan must be at least 0")
@@ -390,10 +423,10 @@ def refuse(run):
 
 def main(argv=None):
     """The command line -> exit code, see `run_command`."""
-    each = "\n".join(f"{maze}: {flags}" for maze, flags in FLAGS.items())
-    parser = make_parser("maze2d", f"{__doc__}{PRESET}\n{each}")
+    horizons = ", ".join(f"{horizon} ({maze})" for maze, horizon in HORIZONS.items())
+    parser = make_parser("maze2d", f"{__doc__}{PRESET}\n--horizon {horizons}")
     add = parser.add_argument
-    add("--maze", required=True, metavar="MAZE", help=", ".join(FLAGS))
+    add("--maze", required=True, metavar="MAZE", help=", ".join(HORIZONS))
     add("--data", help="minari:ID of a PointMaze set (default: D4RL's recipe, made here)")
     add("--video", action="store_true", help="RACTD's first episode as a GIF, too")
     add(
@@ -408,15 +441,12 @@ def main(argv=None):
         maze = pointmaze.Maze(own.maze)
         own_data = f"minari:{pointmaze.local_id(maze.name)}"
         data = own.data or own_data
-        flags = [*PRESET.split(), *FLAGS[maze.name].split(), *rest]
-        flags += [
-            f"--env=maze2d-{maze.name}",
-            f"--data={data}",
-        ]  # after the user's: not to be given
-        run = ractd.build_parser().parse_args(["distill", *flags])
+        defaults = [f"--horizon={HORIZONS[maze.name]}", *PRESET.split()]
+        run = parse_planner(rest, defaults, UNUSED, own)
+        run.env, run.data = f"maze2d-{maze.name}", data
         ractd.resolve(run)
-        run.maze, run.replan, run.video = maze, own.replan, own.video
-        refuse(run)
+        run.maze = maze
+        check(run)
         make_unet(run.config, [6, 4])  # a wrong size is found before data are made
         if data == own_data and not pointmaze.exists(pointmaze.local_id(maze.name)):
             pointmaze.collect(maze)

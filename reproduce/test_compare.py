@@ -20,9 +20,12 @@ def runs(log):
     """The three runs on random rows, at tiny size."""
     run = ractd.build_parser().parse_args(["distill", *SIZES, "--tilted-steps=6", "--out=run"])
     ractd.resolve(run)
-    guided = [*SIZES, "--out=run/diffuser", "--candidates=2", "--guides=1", "--stop=15"]
+    sizes = [flag for flag in SIZES if "student" not in flag]
+    guided = [*sizes, "--out=run/diffuser", "--candidates=2", "--guides=1", "--stop=15"]
     drafted = trajectory_diffuser.parse([*SIZES, "--out=run/trajectory_diffuser"])
-    return [run, diffuser.parse(guided), drafted]
+    guiding = diffuser.parse(guided)
+    guiding.diffuser_candidates = [2]
+    return [run, guiding, drafted]
 
 
 def test_every_planner_is_trained_timed_and_scored_once(runs, capsys, monkeypatch):
@@ -62,6 +65,9 @@ def test_every_planner_is_trained_timed_and_scored_once(runs, capsys, monkeypatc
     compare.compare(runs, slow=1e9, slow_episodes=1)  # nothing is slow
     with open("run/compare.json") as f:
         assert {len(row["returns"]) for row in json.load(f)["rows"]} == {2}
+    compare.compare(runs, slow=0.0, slow_episodes=1, skip=0.0)
+    with open("run/compare.json") as f:
+        assert all(row["ms"] > 0 and "score" not in row for row in json.load(f)["rows"])
 
 
 def test_behaviour_cloning_is_the_denoiser_at_the_highest_noise(runs):
@@ -80,7 +86,8 @@ def test_behaviour_cloning_is_the_denoiser_at_the_highest_noise(runs):
 
 def test_bad_input_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for flag in ("--slow-episodes=0", "--episodes=0", "--seed=-1", "--env=nothing"):
+    flags = ("--slow-episodes=0", "--episodes=0", "--seed=-1", "--env=nothing")
+    for flag in (*flags, "--diffuser-candidates=0"):
         assert compare.main([f"--env={ENV}", flag]) == 2
         error = capsys.readouterr().err
         assert flag.split("=")[0] in error and "Traceback" not in error

@@ -141,7 +141,9 @@ def test_end_to_end_trains_once_and_writes_every_number(log, capsys, monkeypatch
         assert json.load(f)["returns"] != result["returns"]
 
 
-@pytest.mark.parametrize("flag", ["--scale=-1", "--scale=nan", "--guides=-1", "--stop=21"])
+@pytest.mark.parametrize(
+    "flag", ["--scale=-1", "--scale=nan", "--guides=-1", "--stop=21", "--nfe=2"]
+)
 def test_a_bad_flag_is_refused_by_name(log, flag, capsys):
     assert diffuser.main([f"--env={ENV}", *TINY, flag]) == 2
     error = capsys.readouterr().err

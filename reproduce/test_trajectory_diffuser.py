@@ -160,7 +160,7 @@ def gaussian_denoiser(x, t):
 
 @pytest.mark.parametrize("sigma", [0.04, 0.25, 1.0, 80.0])
 def test_refining_gaussian_plans_shrinks_bias_and_variance_as_in_closed_form(sigma):
-    smin, bias, v = ractd.SIGMA_MIN, 0.3, 0.0025
+    smin, bias, v = td.SMIN, 0.3, 0.0025
     r = math.sqrt((S**2 + smin**2) / (S**2 + sigma**2))
     draft = bias + math.sqrt(v) * torch.randn(100_000, 2, 1, dtype=torch.float64)
     refined = td.refine(gaussian_denoiser, draft, sigma, 200, torch.randn_like(draft))
@@ -282,9 +282,10 @@ def test_parts_are_trained_on_the_states_given_the_first_token_and_know_their_sc
     rng, seen = np.random.default_rng(0), []
     batches = make_data(rng.normal(size=(100, 4)), np.zeros((100, 2)), [40, 60])
     config = ractd.Config(horizon=8, channels=(8,))
-    monkeypatch.setattr(ractd, "denoise", lambda net, x, t, state: seen.append(state) or x)
+    monkeypatch.setattr(ractd, "denoise", lambda net, x, t, state, level: seen.append(state) or x)
     monkeypatch.setattr(ractd, "edm_loss", lambda denoiser, x0, t, noise: denoiser(x0, t))
-    x0, _ = td.stage_loss("teacher", config, batches, [4, 2], {})[1](None, None)
+    net, loss_fn = td.stage_loss("teacher", config, batches, [4, 2], {})
+    x0, _ = loss_fn(net, None)
     (token,) = seen
     (rows,) = torch.where((x0[:, :1] == batches.obs).all(2))[1:]
     assert torch.equal(token[:, :4], x0[:, 0])
@@ -382,7 +383,7 @@ def test_ctrl_c_leaves_130_and_the_same_command_goes_on(log, capsys, monkeypatch
 
 def test_bad_input_gets_a_sentence(log, capsys):
     for words in (
-        "--sigma=0.01 0.02 80",
+        "--sigma=0.001 0.002 80",
         "--sigma=nan --sigma",
         "--sigma=-1 --sigma",
         "--points=1 2 1000",

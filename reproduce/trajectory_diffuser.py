@@ -32,7 +32,14 @@ import torch
 from torch import nn
 
 import ractd
-from reproduce.common import data_label, make_parser, points, run_command, write_json
+from reproduce.common import (
+    data_label,
+    make_parser,
+    parse_planner,
+    points,
+    run_command,
+    write_json,
+)
 
 PARTS = {"teacher": "refinement", "reward": "inverse dynamics", "student": "draft"}  # by stage
 SWEEP = (0.0, 0.04, 0.1, 0.25, 0.5, 1.0, ractd.SIGMA_MAX)
@@ -40,6 +47,8 @@ HORIZONS = {"halfcheetah": 8, "hopper": 16, "walker2d": 32}  # as released; othe
 DEFAULTS = "--student-steps 5000 --student-batch 64 --reward-steps 10000"
 USED = {"seed", "horizon", "channels", "kernel", "blocks", "patch", "episodes", "first_seed"}
 USED |= {f"{stage}_{name}" for stage in PARTS for name in ("steps", "batch", "lr", "warmup")}
+# lower than ractd.py's: actions are read off the change of a state in one step, which is small
+SMIN = 0.002
 
 
 class StateBatches:
@@ -120,8 +129,8 @@ def refine(denoiser, draft, sigma, n=3, noise=0.0):
     with r^2 = (s^2 + smin^2) / (s^2 + sigma^2) a bias b of the draft becomes r b, its variance v
     with noise r^2 (v + sigma^2 - smin^2): s^2 + smin^2 for v = s^2 + smin^2, as in data at smin.
     """
-    x = draft + math.sqrt(sigma**2 - ractd.SIGMA_MIN**2) * noise
-    return ractd.heun_sample(denoiser, x, ractd.karras_sigmas(n, smax=sigma))
+    x = draft + math.sqrt(sigma**2 - SMIN**2) * noise
+    return ractd.heun_sample(denoiser, x, ractd.karras_sigmas(n, SMIN, sigma))
 
 
 class InverseDynamics(nn.Module):
@@ -160,8 +169,10 @@ def stage_loss(stage, config, batches, dims, _, causal=True):
     def refinement_loss(net, _):
         tokens = data.windows(config.teacher_batch)
         x0, condition = tokens[..., :-1], tokens[:, 0]  # (B, H, O), (B, O + 1)
-        t, noise = ractd.lognormal_levels(len(x0), device), torch.randn_like(x0)
-        return ractd.edm_loss(lambda x, t: ractd.denoise(net, x, t, condition), x0, t, noise), {}
+        t, noise = ractd.lognormal_levels(len(x0), device, smin=SMIN), torch.randn_like(x0)
+        level = ractd.precondition(net, t, smin=SMIN)
+        denoiser = lambda x, t: ractd.denoise(net, x, t, condition, level=level)
+        return ractd.edm_loss(denoiser, x0, t, noise), {}
 
     def inverse_dynamics_loss(net, _):
         state, following, action = data.pairs(config.reward_batch)
@@ -213,7 +224,9 @@ class Planner:
         self.draft_calls = 0 if noisy and sigma == ractd.SIGMA_MAX else config.horizon - 1
         self.denoiser_calls = 2 * n - 3 if sigma else 0
         # the same for all states, so made once
-        self.level = functools.cache(functools.partial(ractd.precondition, self.nets["teacher"]))
+        self.level = functools.cache(
+            lambda t: ractd.precondition(self.nets["teacher"], t, smin=SMIN)
+        )
 
     @torch.inference_mode()
     def __call__(self, observations, generators):
@@ -287,15 +300,10 @@ def trajectory_diffuser(run):
 
 
 def check(run):
-    """Raise UserError for a flag, of this program or of `ractd.py distill`, that makes no sense."""
-    unused = [field.name for field in dataclasses.fields(ractd.Config) if field.name not in USED]
-    for name in ("preset", *unused):
-        if getattr(run, name, None) not in (None, "default"):
-            flag = "--" + name.replace("_", "-")
-            raise ractd.UserError(f"{flag} has no meaning for Trajectory Diffuser; leave it out")
-    smin, smax = ractd.SIGMA_MIN, ractd.SIGMA_MAX
-    if run.sigma != 0 and not smin < run.sigma <= smax:
-        raise ractd.UserError(f"--sigma {run.sigma}: must be 0, or more than {smin} up to {smax}")
+    """Raise UserError for a value of a flag of this program that makes no sense."""
+    smax = ractd.SIGMA_MAX
+    if run.sigma != 0 and not SMIN < run.sigma <= smax:
+        raise ractd.UserError(f"--sigma {run.sigma}: must be 0, or more than {SMIN} up to {smax}")
     for name, low, high in (("points", 2, 1000), ("target_quantile", 0, 1)):
         if not low <= getattr(run, name) <= high:
             flag = "--" + name.replace("_", "-")
@@ -306,8 +314,8 @@ def parse(argv=None):
     """The run that a command line describes, checked."""
     parser = make_parser("trajectory_diffuser", f"{__doc__}\nDefaults: {DEFAULTS}")
     add, level = parser.add_argument, parser.add_mutually_exclusive_group()
-    text = "noise level that the draft is refined from; 0: not at all (default: 0.25)"
-    level.add_argument("--sigma", type=float, default=0.25, help=text)
+    text = "noise level that the draft is refined from; 0: not at all (default: 0.04)"
+    level.add_argument("--sigma", type=float, default=0.04, help=text)
     level.add_argument("--sweep", action="store_true", help=f"score all of {SWEEP}")
     add("--points", type=int, default=3, help="n of Heun, 2 n - 3 denoiser calls (default: 3)")
     add("--no-noise", action="store_true", help="refine the draft as it is, as released")
@@ -319,7 +327,8 @@ def parse(argv=None):
     listed = ", ".join("--" + name.replace("_", "-") for name in flags)
     parser.epilog = f"Of the flags of `python ractd.py distill` it takes --env, {listed}."
     own, rest = parser.parse_known_args(argv)
-    run = ractd.build_parser().parse_args(["distill", *DEFAULTS.split(), *rest], own)
+    unused = [field.name for field in dataclasses.fields(ractd.Config) if field.name not in USED]
+    run = parse_planner(rest, DEFAULTS.split(), " ".join(unused), own)
     check(run)
     if run.horizon is None:
         run.horizon = HORIZONS.get(str(run.env).split("-")[0], 16)
