@@ -125,7 +125,7 @@ def ancestral_step(x, x0, t, u, noise):
     return x0 + (u / t) ** 2 * (x - x0) + u * math.sqrt(1 - (u / t) ** 2) * noise
 
 
-def guided_sample(denoiser, value, x, sigmas, noise, scale=0.1, guides=2, stop=2):
+def guided_sample(denoiser, value, x, sigmas, noise, scale=0.5, guides=2, stop=2):
     """Diffuser's sampling: x (B, H, D) at sigmas[0] -> x at sigmas[-1].
 
     denoiser: callable (x, t) -> x0; value: callable (x, t) -> (B,); noise: callable, x -> N(0, 1)
@@ -220,7 +220,7 @@ def parse(argv=None):
     """The run that a command line describes, checked."""
     parser = make_parser("diffuser", f"{__doc__}{PRESET}\n--horizon 32 (halfcheetah: 4, --patch 1)")
     add = parser.add_argument
-    add("--scale", type=float, default=0.1, help="of the guidance; 0: none (default: 0.1)")
+    add("--scale", type=float, default=0.5, help="of the guidance; 0: none (default: 0.5)")
     add("--guides", type=int, default=2, help="gradient steps in a sampling step (default: 2)")
     add("--stop", type=int, default=2, help="last sampling steps without them (default: 2)")
     own, rest = parser.parse_known_args(argv)
