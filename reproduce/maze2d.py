@@ -34,10 +34,10 @@ from reproduce.common import (
     write_json,
 )
 
-# the small preset; H as in the paper; Eq. 7's weight makes up for how small Eq. 5's squares are
-PRESET = """--channels 32 64 128 --kernel 5 --patch 8 --teacher-batch 128 --student-batch 128
---path-batch 64 --teacher-steps 6000 --reward-steps 2000 --student-steps 1500 --tilted-steps 0
---dsm-weight 0.1 --reward-weight 1 --temperature 0.25 --episodes 100"""
+# the small preset; H as in the paper
+PRESET = """--channels 32 64 128 --kernel 5 --patch 8 --teacher-batch 128 --student-batch 32
+--path-batch 128 --teacher-steps 6000 --reward-steps 2000 --student-steps 1500 --tilted-steps 0
+--dsm-weight 0.1 --reward-weight 1 --temperature 0.05 --episodes 100"""
 UNUSED = "reward_target reward_actions reward_networks candidates distance tilted_steps"
 HORIZONS = {"umaze": 128, "medium": 256, "large": 384}
 PATHS = 32_768  # of the teacher
@@ -181,16 +181,21 @@ def plan_return(reward_model, state, plan):
 
 
 def teacher_paths(teacher, batches, temperature, batch=256):
-    """PATHS whole paths of the teacher, solved once: conditions, their noise at T, their ends.
+    """PATHS whole paths of the teacher: conditions (N, 6), noise at T and path's end (N, H, 4) each.
 
-    `ractd.path_loss` solves new ones in every step, of which a long plan needs more than fit in.
+    Solved once, where `ractd.path_loss` solves new ones in every step: long plans need more of them
+    than there is time for.
     """
+
+    def solve():
+        state, x0 = batches.windows(batch)
+        x_T = teacher.pin(temperature * ractd.SIGMA_MAX * torch.randn_like(x0), state)
+        denoiser = lambda x, t: ractd.denoise(teacher, x, t, state)
+        return state, x_T, ractd.heun_sample(denoiser, x_T, ractd.karras_sigmas(7))
+
     paths, told = [], time.monotonic()
     for n in range(0, PATHS, batch):
-        state, x0 = batches.windows(batch)
-        x_T = temperature * ractd.SIGMA_MAX * torch.randn_like(x0)
-        denoiser = lambda x, t: ractd.denoise(teacher, x, t, state)
-        paths.append((state, x_T, ractd.heun_sample(denoiser, x_T, ractd.karras_sigmas(7))))
+        paths.append(solve())
         if time.monotonic() > told + 10:
             told = time.monotonic()
             print(f"{n + batch:,} of {PATHS:,} teacher paths", flush=True)
@@ -215,11 +220,13 @@ def maze_loss(stage, config, batches, dims, built_on):
         state, x0 = batches.windows(config.student_batch)
         alone, d = dataclasses.replace(config, path_batch=0), plan_distance
         loss, info = ractd.distillation_loss(net, average, teacher, reward, state, x0, alone, d)
+        if not config.path_batch:
+            return loss, info
         rows = torch.randint(PATHS, (config.path_batch,), device=device)
         state, x_T, end = (column[rows] for column in paths)
         plan = ractd.student_jump(net, x_T, ractd.SIGMA_MAX, ractd.SIGMA_MIN, state)
         path = d(plan, end).mean()
-        return loss + path, info | {"path": path.detach()}
+        return loss + config.ctm_weight * path, info | {"path": path.detach()}
 
     if stage == "reward":
         return ractd.mlp(6, 128).to(device), reward_model_loss
@@ -232,7 +239,7 @@ def maze_loss(stage, config, batches, dims, built_on):
         reward = lambda state, plan: plan_return(R, state, plan)
     student = make_unet(config, dims, student=True).to(device)
     ractd.warm_start(student, teacher.eval().requires_grad_(False))
-    paths = teacher_paths(teacher, batches, config.temperature)
+    paths = teacher_paths(teacher, batches, config.temperature) if config.path_batch else None
     return student, student_loss
 
 

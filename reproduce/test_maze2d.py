@@ -41,6 +41,7 @@ def sandbox(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(maze2d, "PATHS", 256)
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +192,30 @@ def test_the_return_of_a_plan_is_the_mean_over_its_states():
     plan, state = torch.randn(3, 5, 4), torch.randn(3, 6)
     value = maze2d.plan_return(lambda x: x[:, 0] + 10 * x[:, 4], state, plan)
     assert torch.allclose(value, plan[:, :, 0].mean(1) + 10 * state[:, 4])
+
+
+def test_plans_that_differ_little_are_apart_by_their_squares_and_others_by_their_difference():
+    a = torch.zeros(2, 3, 4)
+    b = torch.tensor([0.01, 10.0])[:, None, None] * torch.ones(2, 3, 4)
+    near, far = maze2d.plan_distance(a, b).tolist()
+    assert near == pytest.approx(0.01**2 / 0.2, rel=0.01)
+    assert far == pytest.approx(10 - 0.1, rel=0.01)
+    assert maze2d.plan_distance(b, b).tolist() == [0, 0]
+
+
+def test_paths_of_the_teacher_go_from_cool_noise_to_where_heuns_method_ends():
+    torch.manual_seed(0)
+    walk = 0.1 * np.random.default_rng(0).normal(size=(60, 4)).cumsum(0).astype(np.float32)
+    batches = maze2d.StateBatches([walk], 16, 0.9, torch.device("cpu"))
+    config = ractd.Config(horizon=16, channels=(8,))
+    teacher = maze2d.make_unet(config, [6, 4]).requires_grad_(False)
+    state, x_T, end = maze2d.teacher_paths(teacher, batches, 0.5, batch=64)
+    assert len(state) == len(x_T) == len(end) == 256
+    assert x_T[:, 1:-1].std().item() == pytest.approx(40, rel=0.05)
+    denoiser = lambda x, t: ractd.denoise(teacher, x, t, state)
+    expected = ractd.heun_sample(denoiser, x_T, ractd.karras_sigmas(7))
+    assert torch.allclose(end, expected, atol=1e-4)
+    assert torch.allclose(end[:, 0], state[:, :4]) and torch.allclose(end[:, -1, :2], state[:, 4:])
 
 
 class Straight:
