@@ -9,7 +9,6 @@ returns of a range of 1000, as its authors do on these tasks. Acts in the simula
 evaluate`, deterministically, after the last step. Writes <out>/baseline_<algorithm>.json.
 """
 
-import argparse
 import sys
 import time
 import warnings
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 import ractd
-from reproduce.common import data_label, points, run_command, write_json
+from reproduce.common import data_label, make_parser, points, run_command, write_json
 
 ALGORITHMS = ("td3bc", "iql")
 
@@ -81,22 +80,12 @@ def baseline(run):
 
 def main(argv=None):
     """The command line -> exit code, see `run_command`."""
-    parser = argparse.ArgumentParser(
-        prog="baselines.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("baselines", __doc__, others=False)
     add = parser.add_argument
     add("--env", required=True, choices=ractd.ENVS, metavar="ENV", help=", ".join(ractd.ENVS))
     add("--algorithm", required=True, choices=ALGORITHMS)
-    add("--data", default="", help="FILE.hdf5 or minari:ID (default: D4RL's file of --env)")
     add("--out", type=Path, help="folder (default: runs/<env>)")
-    add("--device", default="cpu", help="cpu, cuda:0, ... (default: cpu)")
     add("--steps", type=int, default=50_000, help="gradient steps (default: 50000)")
-    add("--seed", type=int, default=0, help="seed of the training (default: 0)")
-    add("--episodes", type=int, default=20, help="evaluation episodes (default: 20)")
-    add("--first-seed", type=int, default=0, help="episode i has seed first_seed + i (default: 0)")
     run = parser.parse_args(argv)
     run.out = run.out or Path("runs") / run.env
     warnings.filterwarnings("ignore", module="gym")

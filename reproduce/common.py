@@ -17,15 +17,30 @@ STAGES = ("teacher", "reward", "tilted", "student")
 COLORS = {"data": "#999999", "teacher": "#E69F00", "CTD": "#0072B2", "RACTD": "#D55E00"}
 
 
-def make_parser(name, text):
-    """The parser of `python -m reproduce.<name>`; text: the module's docstring."""
-    return argparse.ArgumentParser(
+def make_parser(name, text, others=True):
+    """The parser of `python -m reproduce.<name>`; text: the module's docstring.
+
+    others: it takes all flags of `ractd.py distill`, too; else --data, --device, --seed,
+    --episodes and --first-seed.
+    """
+    parser = argparse.ArgumentParser(
         prog=f"{name}.py",
         description=text,
-        epilog="All flags of `python ractd.py distill` are taken too; its --help tells them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    if others:
+        parser.epilog = (
+            "All flags of `python ractd.py distill` are taken too; its --help tells them."
+        )
+        return parser
+    add = parser.add_argument
+    add("--data", default="", help="FILE.hdf5 or minari:ID (default: D4RL's file of --env)")
+    add("--device", default="cpu", help="cpu, cuda:0, ... (default: cpu)")
+    add("--seed", type=int, default=0, help="of all training (default: 0)")
+    add("--episodes", type=int, default=20, help="evaluation episodes (default: 20)")
+    add("--first-seed", type=int, default=0, help="episode i has seed first_seed + i (default: 0)")
+    return parser
 
 
 def parse_run(parser, argv):

@@ -10,7 +10,6 @@ runs/<env>-compare), keeps finished scores, writes <out>/compare.json and compar
 time per action. Scores of what takes longer than --slow ms per action are of --slow-episodes.
 """
 
-import argparse
 import copy
 import dataclasses
 import json
@@ -30,6 +29,7 @@ from reproduce.common import (
     canvas,
     data_label,
     in_turns,
+    make_parser,
     points,
     run_command,
     save_picture,
@@ -195,28 +195,14 @@ def draw(rows, title, unit, path):
 
 def main(argv=None):
     """The command line -> exit code, see `run_command`."""
-    parser = argparse.ArgumentParser(
-        prog="compare.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("compare", __doc__, others=False)
     add = parser.add_argument
     add("--env", required=True, help="as in `python ractd.py distill`")
-    add("--data", default="", help="FILE.hdf5 or minari:ID (default: D4RL's file of --env)")
     add("--out", type=Path, help="folder, in it one of each method (default: runs/<env>-compare)")
-    add("--device", default="cpu", help="cpu, cuda:0, ... (default: cpu)")
-    add("--seed", type=int, default=0, help="of all training (default: 0)")
-    add("--episodes", type=int, default=20, help="evaluation episodes (default: 20)")
-    add("--first-seed", type=int, default=0, help="episode i has seed first_seed + i (default: 0)")
     add("--slow", type=float, default=50.0, help="ms per action that are slow (default: 50)")
     add("--slow-episodes", type=int, default=20, help="episodes of what is slow (default: 20)")
-    add(
-        "--skip",
-        type=float,
-        default=math.inf,
-        help="ms from which there is no score (default: inf)",
-    )
+    text = "ms per action from which there is no score (default: inf)"
+    add("--skip", type=float, default=math.inf, help=text)
     text = "Diffuser's plans per state, a row each (default: 4 64)"
     add("--diffuser-candidates", type=int, nargs="+", default=[4, 64], help=text)
     own = parser.parse_args(argv)

@@ -21,7 +21,6 @@ import time
 
 import numpy as np
 import torch
-from gymnasium.spaces import Dict
 
 import ractd
 from reproduce import figures, pointmaze
@@ -54,35 +53,6 @@ ROWS = (  # label, who acts, changes of Config
     ("RACTD", "student", {}),
     ("RACTD, best of 16", "student", {"candidates": 16}),
 )
-
-
-def read_trajectories(dataset_id):
-    """The drives of a local or published Minari set: a list of states (T, 4), or UserError.
-
-    An episode whose first observation is the last one of the episode before continues it.
-    """
-    import minari
-
-    try:
-        missing = dataset_id not in minari.list_local_datasets()
-        dataset = minari.load_dataset(dataset_id, download=missing)
-        observations = [episode.observations for episode in dataset.iterate_episodes()]
-    except (ImportError, OSError, ValueError, LookupError) as error:
-        hint = "network? pip install 'minari[hf,gcs]'?"
-        raise ractd.UserError(f"minari:{dataset_id} cannot be read ({error}); {hint}") from None
-    space = dataset.observation_space
-    shapes = {key: box.shape for key, box in space.items()} if isinstance(space, Dict) else {}
-    if shapes.get("observation") != (4,) or shapes.get("desired_goal") != (2,):
-        what = "has no goals in a plane: a PointMaze set is wanted"
-        raise ractd.UserError(f"minari:{dataset_id} {what}; its observations are {space}")
-    states = [np.float32(x["observation"]) for x in observations]
-    drives = [[states[0]]]
-    for state in states[1:]:
-        if np.array_equal(drives[-1][-1][-1], state[0]):
-            drives[-1].append(state[1:])
-        else:
-            drives.append([state])
-    return [np.concatenate(drive) for drive in drives]
 
 
 class StateBatches:
@@ -131,7 +101,7 @@ class StateBatches:
 def load_maze(run):
     """The data of a run -> (StateBatches, meta), as `ractd.load_data`."""
     dataset_id = run.data.removeprefix("minari:")
-    drives = read_trajectories(dataset_id)
+    drives = pointmaze.read_trajectories(dataset_id)
     states = np.concatenate(drives)
     if run.maze.in_wall(states[:, :2]).any():
         raise ractd.UserError(f"{run.data} is of another maze than --maze {run.maze.name}")
@@ -287,46 +257,6 @@ class Planner:
         return ractd.decode(x, self.table).cpu().numpy()
 
 
-class OpenLoop:
-    """Carries out plans in `ractd.evaluate`: planned once, or again after every `replan` steps.
-
-    For episodes that all end together, as a `MazeTask`'s do: row i is always the same episode.
-    """
-
-    def __init__(self, planner, replan=0):
-        self.planner, self.replan, self.step = planner, replan, 0
-        self.first, self.driven = None, []  # for the picture
-
-    def __call__(self, observations, generators):
-        if self.step == 0 or self.replan and self.step % self.replan == 0:
-            self.plans, self.planned = self.planner(observations, generators), self.step
-            self.first = self.plans if self.first is None else self.first
-        self.driven.append(observations[:, :2])
-        i = self.step + 1 - self.planned
-        self.step += 1
-        target = self.plans[:, min(i, self.plans.shape[1] - 1)]
-        if i >= self.plans.shape[1]:  # hold the end
-            target = np.concatenate([target[:, :2], np.zeros_like(target[:, 2:])], axis=1)
-        error = target - observations[:, :4]
-        action = error[:, :2] + error[:, 2:]  # the released rule: gains of 1
-        return action.clip(-1, 1)[:, None]  # a plan of one action
-
-
-class DataController:
-    """The controller that made the data, in `ractd.evaluate`, as `OpenLoop`; it knows the map."""
-
-    calls = 0
-
-    def __init__(self, maze):
-        self.maze, self.controllers = maze, None
-
-    def __call__(self, observations, generators):
-        if self.controllers is None:
-            self.controllers = [pointmaze.Controller(self.maze, x[:2], x[4:]) for x in observations]
-        pairs = zip(self.controllers, observations, strict=True)
-        return np.stack([control(x) for control, x in pairs])[:, None]
-
-
 def drive(act, run, random_goals):
     """Episodes of single- or multi-task -> mean score, its error, returns, share that got there."""
     config = run.config
@@ -336,16 +266,6 @@ def drive(act, run, random_goals):
     sem = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else math.nan
     result = {"score_mean": float(scores.mean()), "score_sem": float(sem), "returns": returns}
     return result | {"reached": float(np.mean(np.array(returns) > 0))}
-
-
-def plan_faults(maze, plans):
-    """Of plans (n, H, 4): the share that crosses a wall, and the longest step of each plan."""
-    here, there = plans[:, :-1, None, :2], plans[:, 1:, None, :2]
-    between = (
-        here + (there - here) * np.linspace(0, 1, 6)[:, None]
-    )  # also where a step cuts a corner
-    steps = np.linalg.norm(there - here, axis=3).max((1, 2))
-    return {"wall": float(maze.in_wall(between).any((1, 2)).mean()), "longest_step": steps.tolist()}
 
 
 def measure(run, label, planner, asked):
@@ -360,11 +280,15 @@ def measure(run, label, planner, asked):
     row = {"label": label, "calls": planner.calls if planner else 0, "asked": asked}
     for task, random_goals in (("single", False), ("multi", True)):
         print(f"\n== {label}: {task}-task", flush=True)
-        act = OpenLoop(planner, run.replan) if planner else DataController(run.maze)
+        act = (
+            pointmaze.OpenLoop(planner, run.replan)
+            if planner
+            else pointmaze.DataController(run.maze)
+        )
         row[task] = drive(act, run, random_goals)
         if planner and not random_goals:
             plans = act.first[: run.config.episodes]
-            row |= plan_faults(run.maze, plans) | {"plans": plans[:10, :, :2].tolist()}
+            row |= pointmaze.plan_faults(run.maze, plans) | {"plans": plans[:10, :, :2].tolist()}
             row["driven"] = np.stack(act.driven, axis=1)[: len(row["plans"])].tolist()
     write_json(path, row)
     return row
@@ -436,12 +360,8 @@ def main(argv=None):
     add("--maze", required=True, metavar="MAZE", help=", ".join(HORIZONS))
     add("--data", help="minari:ID of a PointMaze set (default: D4RL's recipe, made here)")
     add("--video", action="store_true", help="RACTD's first episode as a GIF, too")
-    add(
-        "--replan",
-        type=int,
-        default=0,
-        help="steps between plans; below H it puts off the goal (default: 0, one plan)",
-    )
+    text = "steps between plans; below H it puts off the goal (default: 0, one plan)"
+    add("--replan", type=int, default=0, help=text)
 
     def command():
         own, rest = parser.parse_known_args(argv)

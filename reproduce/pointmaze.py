@@ -13,6 +13,7 @@ from collections import deque
 
 import gymnasium
 import numpy as np
+from gymnasium.spaces import Dict
 
 from ractd import UserError
 
@@ -141,6 +142,55 @@ class Controller:
         return np.clip(10 * (waypoint - position) - velocity, -1, 1)
 
 
+class DataController:
+    """The controller that made the data, in `ractd.evaluate`, as `OpenLoop`; it knows the map."""
+
+    calls = 0
+
+    def __init__(self, maze):
+        self.maze, self.controllers = maze, None
+
+    def __call__(self, observations, generators):
+        if self.controllers is None:
+            self.controllers = [Controller(self.maze, x[:2], x[4:]) for x in observations]
+        pairs = zip(self.controllers, observations, strict=True)
+        return np.stack([control(x) for control, x in pairs])[:, None]
+
+
+class OpenLoop:
+    """Carries out plans in `ractd.evaluate`: planned once, or again after every `replan` steps.
+
+    For episodes that all end together, as a `MazeTask`'s do: row i is always the same episode.
+    """
+
+    def __init__(self, planner, replan=0):
+        self.planner, self.replan, self.step = planner, replan, 0
+        self.first, self.driven = None, []  # for the picture
+
+    def __call__(self, observations, generators):
+        if self.step == 0 or self.replan and self.step % self.replan == 0:
+            self.plans, self.planned = self.planner(observations, generators), self.step
+            self.first = self.plans if self.first is None else self.first
+        self.driven.append(observations[:, :2])
+        i = self.step + 1 - self.planned
+        self.step += 1
+        target = self.plans[:, min(i, self.plans.shape[1] - 1)]
+        if i >= self.plans.shape[1]:  # hold the end
+            target = np.concatenate([target[:, :2], np.zeros_like(target[:, 2:])], axis=1)
+        error = target - observations[:, :4]
+        action = error[:, :2] + error[:, 2:]  # the released rule: gains of 1
+        return action.clip(-1, 1)[:, None]  # a plan of one action
+
+
+def plan_faults(maze, plans):
+    """Of plans (n, H, 4): the share that crosses a wall, and the longest step of each plan."""
+    here, there = plans[:, :-1, None, :2], plans[:, 1:, None, :2]
+    # also between the states, where a step may cut a corner
+    between = here + (there - here) * np.linspace(0, 1, 6)[:, None]
+    steps = np.linalg.norm(there - here, axis=3).max((1, 2))
+    return {"wall": float(maze.in_wall(between).any((1, 2)).mean()), "longest_step": steps.tolist()}
+
+
 def record(maze, steps, noise=0.0, seed=0):
     """D4RL's recipe: `steps` rows of one continuous drive from random goal to random goal.
 
@@ -227,3 +277,32 @@ def collect(maze, steps=1_000_000, noise=0.0, seed=0, dataset_id=None):
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return dataset_id
+
+
+def read_trajectories(dataset_id):
+    """The drives of a local or published Minari set: a list of states (T, 4), or UserError.
+
+    An episode whose first observation is the last one of the episode before continues it.
+    """
+    import minari
+
+    try:
+        missing = dataset_id not in minari.list_local_datasets()
+        dataset = minari.load_dataset(dataset_id, download=missing)
+        observations = [episode.observations for episode in dataset.iterate_episodes()]
+    except (ImportError, OSError, ValueError, LookupError) as error:
+        hint = "network? pip install 'minari[hf,gcs]'?"
+        raise UserError(f"minari:{dataset_id} cannot be read ({error}); {hint}") from None
+    space = dataset.observation_space
+    shapes = {key: box.shape for key, box in space.items()} if isinstance(space, Dict) else {}
+    if shapes.get("observation") != (4,) or shapes.get("desired_goal") != (2,):
+        what = "has no goals in a plane: a PointMaze set is wanted"
+        raise UserError(f"minari:{dataset_id} {what}; its observations are {space}")
+    states = [np.float32(x["observation"]) for x in observations]
+    drives = [[states[0]]]
+    for state in states[1:]:
+        if np.array_equal(drives[-1][-1][-1], state[0]):
+            drives[-1].append(state[1:])
+        else:
+            drives.append([state])
+    return [np.concatenate(drive) for drive in drives]

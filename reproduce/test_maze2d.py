@@ -154,7 +154,7 @@ def make_set(name, drives, observations=None):
 def test_episodes_that_continue_each_other_are_joined_and_no_others():
     walk = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
     make_set("maze/joined-v0", [walk[:11], walk[10:16], walk[17:], walk[:5]])
-    first, second, third = maze2d.read_trajectories("maze/joined-v0")
+    first, second, third = pointmaze.read_trajectories("maze/joined-v0")
     assert np.array_equal(first, walk[:16])
     assert np.array_equal(second, walk[17:]) and np.array_equal(third, walk[:5])
 
@@ -235,7 +235,7 @@ class Straight:
 @pytest.mark.parametrize("replan", [0, 4])
 def test_a_plan_is_driven_by_the_pd_rule_from_the_true_state_and_its_end_is_held(replan):
     planner, observations = Straight(6), np.zeros((2, 6))
-    act = maze2d.OpenLoop(planner, replan)
+    act = pointmaze.OpenLoop(planner, replan)
     for step in range(10):
         observations = observations + 0.01 * (step + 1)
         action = act(observations, None)
@@ -317,9 +317,9 @@ def test_a_plan_through_a_wall_and_one_with_a_leap_are_told(umaze):
     corner = line((1, 3), (3, 3), n=240)
     corner[120:] = umaze.center((3, 1))  # one step from a free place to another, over walls
     plans = np.concatenate([[good, leap, through, corner], np.zeros((4, 240, 2))], axis=2)
-    alone = [maze2d.plan_faults(umaze, plan[None]) for plan in plans]
+    alone = [pointmaze.plan_faults(umaze, plan[None]) for plan in plans]
     assert [one["wall"] for one in alone] == [0, 0, 1, 1]
-    together = maze2d.plan_faults(umaze, plans)
+    together = pointmaze.plan_faults(umaze, plans)
     assert together["wall"] == 0.5
     longest = [1 / 60, np.hypot(0.32, 1 / 60), 1 / 120, np.hypot(2, 1)]
     assert together["longest_step"] == pytest.approx(longest, rel=0.02)
