@@ -536,13 +536,13 @@ def squared(a, b):
     return (a - b).square().flatten(1).mean(1)
 
 
-def pseudo_huber(a, b):
-    """sqrt(||a - b||^2 + c^2) - c, c = 0.00054 sqrt(dim): (B, ...) -> (B,) (Song, Dhariwal 2023).
+def pseudo_huber(a, b, c=0.00054):
+    """sqrt(||a - b||^2 + dim c^2) - sqrt(dim) c: (B, ...) -> (B,) (Song, Dhariwal 2023).
 
     Its minimiser is the median. (Released: sqrt(e^4 + c^2) - c per element, nearly `squared`.)
     """
     error = (a - b).flatten(1)
-    c = 0.00054 * math.sqrt(error.shape[1])
+    c = c * math.sqrt(error.shape[1])
     return (error.square().sum(1) + c**2).sqrt() - c
 
 
@@ -679,7 +679,7 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config,
     """Eq. 9: alpha (L_CTM + paths) + beta L_DSM + sigma L_Reward, on one batch -> (loss, info).
 
     student, target, teacher: networks; reward_model: callable (state, plan) -> (B,), or None for
-    no Eq. 8; all but the student frozen. state (B, S), x0 (B, H, A); config: Config; d: of Eq. 5.
+    no Eq. 8; all but the student frozen. state (B, S), x0 (B, H, A); config: Config; d of Eq. 5.
     """
     denoiser = lambda x, t: denoise(teacher, x, t, state[: len(x)])
     frozen_jump = lambda x, t, k: student_jump(target, x, t, k, state)

@@ -31,7 +31,7 @@ def make_parser(name, text, others=True):
     )
     if others:
         parser.epilog = (
-            "All flags of `python ractd.py distill` are taken too; its --help tells them."
+            "Flags of `python ractd.py distill` are taken too; its --help tells them."
         )
         return parser
     add = parser.add_argument

@@ -3,11 +3,12 @@
     python -m reproduce.compare --env hopper-medium-replay --episodes 100 [--data FILE]
 
 Behaviour cloning (the mean of the teacher's actions), Diffuser, Trajectory Diffuser (draft alone,
-refined, and from pure noise in as many calls), EDM teacher, CTD and RACTD, each as its own program
-trains it, with the defaults of that program. For each the score, network calls and time per action
-at batch 1, in turns, and the time of training. Trains what is missing in <out> (default:
-runs/<env>-compare), keeps finished scores, writes <out>/compare.json and compare.png, score against
-time per action. Scores of what takes longer than --slow ms per action are of --slow-episodes.
+refined with noise and without, and from pure noise in as many calls), EDM teacher, CTD and RACTD,
+each as its own program trains it, with the defaults of that program. For each the score, network
+calls and time per action at batch 1, in turns, and the time of training. Trains what is missing in
+<out> (default: runs/<env>-compare), keeps finished scores, writes <out>/compare.json and
+compare.png, score against time per action. What calls a network for more than --slow plans per
+action is scored by --slow-episodes, for more than --skip not at all.
 """
 
 import copy
@@ -43,7 +44,8 @@ TEACHERS = (80, 20, 10)  # points of Heun
 class Row:
     """A way to act: act as in `ractd.evaluate`, network calls per action, seconds of training.
 
-    weights: what tells its models from others.
+    weights: what tells its models from others; how: settings of acting that calls do not tell;
+    plans: for how many a network is called per action.
     """
 
     label: str
@@ -51,6 +53,12 @@ class Row:
     calls: dict
     train_s: float
     weights: list
+    how: dict = dataclasses.field(default_factory=dict)
+    candidates: int = 1
+
+    @property
+    def plans(self):
+        return self.candidates * sum(self.calls.values())
 
 
 class MeanAction:
@@ -65,7 +73,8 @@ class MeanAction:
         raw = torch.as_tensor(np.asarray(observations, np.float32), device=policy.device)
         state = ractd.encode(raw, policy.tables["obs"])
         noise = state.new_zeros(len(state), *policy.shape)
-        plan = ractd.denoise(policy.net, noise, ractd.SIGMA_MAX, state).clamp(-1, 1)
+        level = policy.level(ractd.SIGMA_MAX)  # made once, as in the other rows
+        plan = ractd.denoise(policy.net, noise, ractd.SIGMA_MAX, state, level=level).clamp(-1, 1)
         return ractd.decode(plan, policy.tables["action"]).cpu().numpy()
 
 
@@ -89,7 +98,7 @@ def ractd_rows(run):
 
 
 def diffuser_rows(run):
-    """Diffuser, guided and replanning at every step, with fewer candidates and as published."""
+    """Diffuser, guided, replanning at every step, with few candidates and with 64 as published."""
     models = diffuser.train(run)
     seconds, weights = sum(x["seconds"] for x in models), [ractd.weights_id(x) for x in models]
     for n in run.diffuser_candidates:
@@ -97,7 +106,8 @@ def diffuser_rows(run):
         own.config = dataclasses.replace(run.config, candidates=n)
         planner = diffuser.Planner(*models, own)
         calls = {"denoiser": planner.calls, "value gradient": planner.gradients}
-        yield Row(f"Diffuser, {n} candidates", planner.act, calls, seconds, weights)
+        how = {name: getattr(run, name) for name in ("scale", "guides", "stop")}
+        yield Row(f"Diffuser, {n} candidates", planner.act, calls, seconds, weights, how, n)
 
 
 def trajectory_diffuser_rows(run):
@@ -118,7 +128,8 @@ def trajectory_diffuser_rows(run):
         calls = {"draft": act.draft_calls, "denoiser": act.denoiser_calls, "inverse dynamics": 1}
         seconds = sum(models[stage]["seconds"] for stage in used)
         weights = [ractd.weights_id(models[stage]) for stage in used]
-        yield Row(f"Trajectory Diffuser, {name}", act, calls, seconds, weights)
+        how = {"sigma": sigma, "noise": noisy, "target_quantile": run.target_quantile}
+        yield Row(f"Trajectory Diffuser, {name}", act, calls, seconds, weights, how)
 
 
 def measure(row, run, meta, ms, episodes):
@@ -131,7 +142,8 @@ def measure(row, run, meta, ms, episodes):
     if not episodes:
         return about
     first = run.config.first_seed
-    asked = {"weights": row.weights, "calls": row.calls, "episodes": episodes, "first_seed": first}
+    asked = {"weights": row.weights, "calls": row.calls, "how": row.how}
+    asked |= {"episodes": episodes, "first_seed": first}
     path = run.out / f"compare_{row.label.replace(', ', '_').replace(' ', '_')}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     if kept.get("asked") != asked:
@@ -160,9 +172,8 @@ def compare(runs, slow, slow_episodes, skip=math.inf):
     times, few = in_turns(calls, turns=20), min(slow_episodes, run.config.episodes)
     numbers = []
     for row in rows:
-        ms = times[row.label]
-        episodes = 0 if ms[0] > skip else few if ms[0] > slow else run.config.episodes
-        numbers.append(measure(row, run, meta, ms, episodes))
+        episodes = 0 if row.plans > skip else few if row.plans > slow else run.config.episodes
+        numbers.append(measure(row, run, meta, times[row.label], episodes))
     about = {"env": run.env, "dataset": meta["dataset"], "seed": run.config.seed}
     result = about | {"device": device_name(run.device), "rows": numbers}
     path = run.out / "compare.json"
@@ -199,10 +210,11 @@ def main(argv=None):
     add = parser.add_argument
     add("--env", required=True, help="as in `python ractd.py distill`")
     add("--out", type=Path, help="folder, in it one of each method (default: runs/<env>-compare)")
-    add("--slow", type=float, default=50.0, help="ms per action that are slow (default: 50)")
+    text = "plans per action, calls times candidates, of what is slow (default: 100)"
+    add("--slow", type=int, default=100, help=text)
     add("--slow-episodes", type=int, default=20, help="episodes of what is slow (default: 20)")
-    text = "ms per action from which there is no score (default: inf)"
-    add("--skip", type=float, default=math.inf, help=text)
+    text = "plans per action of what is timed, but not scored (default: none is)"
+    add("--skip", type=int, default=math.inf, help=text)
     text = "Diffuser's plans per state, a row each (default: 4 64)"
     add("--diffuser-candidates", type=int, nargs="+", default=[4, 64], help=text)
     own = parser.parse_args(argv)

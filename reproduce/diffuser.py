@@ -7,9 +7,12 @@ pinned. A value model, trained on noisy plans, guides the sampling: 20 ancestral
 two gradient steps on the value, for all candidates; the first action of the one with the best value
 is carried out, and the rest thrown away. Trains what is missing in <out> (default:
 runs/<env>-diffuser), teacher.pt, the denoiser, and reward.pt, the value; scores it and writes
-<out>/diffuser.json. All flags of `python ractd.py distill` are taken too, with these defaults:
+<out>/diffuser.json. The value is scaled to [-1, 1], so that --scale is in other units than the
+published 0.1; 0.5 was chosen on Hopper. Those flags of `python ractd.py distill` that mean something
+here are taken too, with these defaults:
 """
 
+import functools
 import itertools
 import math
 import sys
@@ -30,7 +33,7 @@ from reproduce.common import (
 )
 
 # gamma as published, H 32 but 4 for halfcheetah; the rest at the size of ractd.py's default
-PRESET = "--gamma 0.997 --candidates 64 --temperature 1 --tilted-steps 0"
+PRESET = "--gamma 0.997 --candidates 64 --temperature 1"
 UNUSED = """distance reward_target reward_actions reward_networks tilted_steps student_steps
 student_batch student_lr student_warmup grid_points target_decay path_batch ctm_weight dsm_weight
 reward_weight dsm_target nfe"""  # fields of Config
@@ -64,8 +67,8 @@ def load_joint(run):
 class Value(ractd.UNet1d):
     """V(x, t): the mean over the output of a U-Net, which sees the first state clean: (B,)."""
 
-    def forward(self, x, t, state):
-        *_, c_in, embedding = ractd.precondition(self, t)
+    def forward(self, x, t, state, level=None):
+        *_, c_in, embedding = level or ractd.precondition(self, t)
         return super().forward(self.pin(c_in * x, state), embedding, state).mean((1, 2))
 
 
@@ -162,6 +165,11 @@ class Planner:
         self.shape, self.actions = (config.horizon, sum(dims)), dims[1]
         self.sigmas = cosine_sigmas()
         self.calls = len(self.sigmas) - 1
+        # the same for all states, so made once
+        self.levels = [
+            functools.cache(functools.partial(ractd.precondition, net))
+            for net in (self.net, self.value)
+        ]
         self.gradients = run.guides * (self.calls - run.stop) if run.scale else 0
 
     def act(self, observations, generators):
@@ -175,8 +183,9 @@ class Planner:
 
         raw = torch.as_tensor(np.asarray(observations, np.float32), device=run.device)
         state = ractd.encode(raw, self.tables["obs"]).repeat_interleave(n, 0)
-        denoiser = lambda x, t: ractd.denoise(self.net, x, t, state)
-        value = lambda x, t: self.value(x, t, state)
+        of_denoiser, of_value = self.levels
+        denoiser = lambda x, t: ractd.denoise(self.net, x, t, state, level=of_denoiser(t))
+        value = lambda x, t: self.value(x, t, state, of_value(t))
         x_T = run.config.temperature * ractd.SIGMA_MAX * noise(None)
         guides = run.guides if run.scale else 0
         x = guided_sample(denoiser, value, x_T, self.sigmas, noise, run.scale, guides, run.stop)
@@ -226,10 +235,10 @@ def parse(argv=None):
     own, rest = parser.parse_known_args(argv)
     if not (0 <= own.scale < math.inf and own.guides >= 0 and 0 <= own.stop <= 20):
         raise ractd.UserError("--scale and --guides must be at least 0, --stop from 0 to 20")
-    cheetah = any("halfcheetah" in flag for flag in rest)
-    size = ["--horizon=4", "--patch=1"] if cheetah else ["--horizon=32"]
-    run = parse_planner(rest, [*size, *PRESET.split()], UNUSED, own)
-    named = run.out
+    run = parse_planner(rest, PRESET.split(), UNUSED, own)
+    short, named = str(run.env).startswith("halfcheetah"), run.out
+    run.horizon = run.horizon or (4 if short else 32)
+    run.patch = run.patch or (1 if short else None)
     ractd.resolve(run)
     if not named:
         run.out = run.out.with_name(f"{run.out.name}-diffuser")

@@ -6,10 +6,14 @@
 
 A plan is H states (x, y and their velocities); the first one and the last one's position, the goal,
 are pinned: they hold clean values at every noise level, in the denoiser and in the jump. R is the
-return-to-go of one state and a goal, and Eq. 8 takes its mean over the student's one-call plan. A PD rule
-drives from the true state to the next planned one; after the plan its end is held. Data that are
-not there are made first by D4RL's recipe (`reproduce.collect`). What is finished is not repeated.
-All flags of `python ractd.py distill` are taken too, with these defaults:
+return-to-go of one state and a goal; Eq. 8 takes its mean over the student's one-call plan, where
+the paper has the sum, H times that. A PD rule drives from the true state to the next planned one;
+after the plan its end is held. Data that are not there are made first by D4RL's recipe. Trained
+models and rows of numbers are kept in <out>, and not made again.
+
+Two things differ from `python ractd.py distill`: the teacher's whole paths are solved once, before
+a student's training, and Eq. 5's distance is one that plans of many states need (`plan_distance`).
+Those of its flags that mean something here are taken, with these defaults:
 """
 
 import dataclasses
@@ -37,7 +41,7 @@ from reproduce.common import (
 PRESET = """--channels 32 64 128 --kernel 5 --patch 8 --teacher-batch 128 --student-batch 32
 --path-batch 128 --teacher-steps 6000 --reward-steps 2000 --student-steps 1500 --tilted-steps 0
 --dsm-weight 0.1 --reward-weight 1 --temperature 0.05 --episodes 100"""
-UNUSED = "reward_target reward_actions reward_networks candidates distance tilted_steps"
+UNUSED = "env reward_target reward_actions reward_networks candidates distance tilted_steps"
 HORIZONS = {"umaze": 128, "medium": 256, "large": 384}
 PATHS = 32_768  # of the teacher
 LEAP = 0.25  # of a cell: a step so long is no noise; the simulator's longest one is 0.05
@@ -132,18 +136,18 @@ def make_reward_model(checkpoint):
 
 
 def plan_distance(a, b, c=0.1):
-    """sqrt(rms^2 + c^2) - c of plans that differ by rms, a root mean square: (B, H, 4) -> (B,).
+    """`ractd.pseudo_huber` in the root mean square of the difference: (B, H, 4) -> (B,).
 
-    Smaller differences than c count by their squares, so that Eq. 8 bends a plan in proportion to
-    sigma, larger ones as they are, so that no plan that can go one way or another outweighs others.
+    Quadratic below c, so that Eq. 8 bends a plan in proportion to sigma; linear above, so that
+    starts and goals between which there are many ways do not outweigh the others.
     """
-    return ((a - b).square().flatten(1).mean(1) + c**2).sqrt() - c
+    return ractd.pseudo_huber(a, b, c) / math.sqrt(a[0].numel())
 
 
 def plan_return(reward_model, state, plan):
     """R of the states of a plan (B, H, 4) on the way to the goals of conditions (B, 6): (B,).
 
-    Their mean, the paper's sum divided by H: one sigma for all H, as the other distances are means.
+    Their mean, the paper's sum divided by H: one sigma for all H, as `plan_distance` is a mean, too.
     """
     goals = state[:, None, 4:].expand(-1, plan.shape[1], -1)
     each = reward_model(torch.cat([plan, goals], dim=2).flatten(0, 1))
@@ -151,10 +155,10 @@ def plan_return(reward_model, state, plan):
 
 
 def teacher_paths(teacher, batches, temperature, batch=256):
-    """PATHS whole paths of the teacher: conditions (N, 6), noise at T and path's end (N, H, 4) each.
+    """PATHS whole paths of the teacher: conditions (N, 6), noise at T and ends (N, H, 4) each.
 
-    Solved once, where `ractd.path_loss` solves new ones in every step: long plans need more of them
-    than there is time for.
+    `ractd.path_loss` solves new ones in every step; a long plan needs larger batches than that
+    leaves time for, and they are drawn from these again and again.
     """
 
     def solve():
@@ -163,12 +167,15 @@ def teacher_paths(teacher, batches, temperature, batch=256):
         denoiser = lambda x, t: ractd.denoise(teacher, x, t, state)
         return state, x_T, ractd.heun_sample(denoiser, x_T, ractd.karras_sigmas(7))
 
-    paths, told = [], time.monotonic()
+    paths, began = [], time.monotonic()
+    told = began
     for n in range(0, PATHS, batch):
         paths.append(solve())
         if time.monotonic() > told + 10:
             told = time.monotonic()
-            print(f"{n + batch:,} of {PATHS:,} teacher paths", flush=True)
+            left = (told - began) * (PATHS / (n + batch) - 1)
+            print(f"teacher paths {n + batch:8,}/{PATHS:,}  ETA {left:.0f} s", flush=True)
+    print(f"teacher paths: {PATHS:,} in {time.monotonic() - began:.0f} s", flush=True)
     return [torch.cat(column) for column in zip(*paths, strict=True)]
 
 
@@ -188,14 +195,14 @@ def maze_loss(stage, config, batches, dims, built_on):
 
     def student_loss(net, average):
         state, x0 = batches.windows(config.student_batch)
-        alone, d = dataclasses.replace(config, path_batch=0), plan_distance
-        loss, info = ractd.distillation_loss(net, average, teacher, reward, state, x0, alone, d)
+        nets = (net, average, teacher, reward)
+        loss, info = ractd.distillation_loss(*nets, state, x0, pathless, plan_distance)
         if not config.path_batch:
             return loss, info
-        rows = torch.randint(PATHS, (config.path_batch,), device=device)
+        rows = torch.randint(len(paths[0]), (config.path_batch,), device=device)
         state, x_T, end = (column[rows] for column in paths)
         plan = ractd.student_jump(net, x_T, ractd.SIGMA_MAX, ractd.SIGMA_MIN, state)
-        path = d(plan, end).mean()
+        path = plan_distance(plan, end).mean()
         return loss + config.ctm_weight * path, info | {"path": path.detach()}
 
     if stage == "reward":
@@ -209,6 +216,7 @@ def maze_loss(stage, config, batches, dims, built_on):
         reward = lambda state, plan: plan_return(R, state, plan)
     student = make_unet(config, dims, student=True).to(device)
     ractd.warm_start(student, teacher.eval().requires_grad_(False))
+    pathless = dataclasses.replace(config, path_batch=0)
     paths = teacher_paths(teacher, batches, config.temperature) if config.path_batch else None
     return student, student_loss
 
@@ -263,7 +271,7 @@ def drive(act, run, random_goals):
     make_env = lambda: pointmaze.MazeTask(run.maze, random_goals)
     returns = ractd.evaluate(act, make_env, config.episodes, config.first_seed)["returns"]
     scores = run.maze.score(returns)
-    sem = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else math.nan
+    sem = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
     result = {"score_mean": float(scores.mean()), "score_sem": float(sem), "returns": returns}
     return result | {"reached": float(np.mean(np.array(returns) > 0))}
 
@@ -314,7 +322,7 @@ def maze2d(run):
     for row, (ms, iqr) in zip(rows[1:], in_turns(calls, turns=10).values(), strict=True):
         row |= {"ms": ms, "ms_iqr": iqr}
     path = run.out / "maze2d.json"
-    about |= acting | {"dataset": experiment.meta["dataset"], "seed": config.seed}
+    about = about | acting | {"dataset": experiment.meta["dataset"], "seed": config.seed}
     result = about | {"horizon": config.horizon, "rows": rows}
     write_json(path, result)
     print_table(result)

@@ -1,4 +1,4 @@
-"""D4RL's Maze2d in gymnasium-robotics' PointMaze: the mazes, its task, its data recipe.
+"""D4RL's Maze2d in gymnasium-robotics' PointMaze: mazes, task, data, who drives, faults of plans.
 
 Physics, maps and time limits are D4RL's. What differs: the frame (x to the right, y up, the maze's
 middle is 0); starts lie within 0.25 of a cell's centre, at rest and not at the goal; random goals
@@ -144,8 +144,6 @@ class Controller:
 
 class DataController:
     """The controller that made the data, in `ractd.evaluate`, as `OpenLoop`; it knows the map."""
-
-    calls = 0
 
     def __init__(self, maze):
         self.maze, self.controllers = maze, None
