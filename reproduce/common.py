@@ -15,6 +15,7 @@ import ractd
 STAGES = ("teacher", "reward", "tilted", "student")
 # Okabe and Ito's, for all eyes
 COLORS = {"data": "#999999", "teacher": "#E69F00", "CTD": "#0072B2", "RACTD": "#D55E00"}
+COLORS |= {"behaviour cloning": "#56B4E9", "Diffuser": "#009E73", "Trajectory Diffuser": "#CC79A7"}
 
 
 def make_parser(name, text, others=True):
@@ -30,9 +31,7 @@ def make_parser(name, text, others=True):
         allow_abbrev=False,
     )
     if others:
-        parser.epilog = (
-            "Flags of `python ractd.py distill` are taken too; its --help tells them."
-        )
+        parser.epilog = "Flags of `python ractd.py distill` are taken too; its --help tells them."
         return parser
     add = parser.add_argument
     add("--data", default="", help="FILE.hdf5 or minari:ID (default: D4RL's file of --env)")

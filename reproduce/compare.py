@@ -191,16 +191,17 @@ def compare(runs, slow, slow_episodes, skip=math.inf):
 
 
 def draw(rows, title, unit, path):
-    """Score against milliseconds per action, a point for every row."""
+    """Score against milliseconds per action, a point for every row, a colour for every planner."""
     figure, axis = canvas(6.5, 4.2, title)
     for row in rows:
-        family = row["label"].split(",")[0]
-        color = COLORS.get(family, COLORS["data"])
-        axis.errorbar(row["ms"], row["score"], row["sem"], fmt="o", capsize=3, color=color)
-        at = (row["ms"], row["score"])
-        axis.annotate(row["label"], at, (5, 4), textcoords="offset points", fontsize=7)
-    axis.margins(0.25, 0.12)
+        family, _, variant = row["label"].partition(", ")
+        new = family not in axis.get_legend_handles_labels()[1]
+        at, label = (row["ms"], row["score"]), family if new else None
+        axis.errorbar(*at, row["sem"], fmt="o", capsize=3, color=COLORS[family], label=label)
+        axis.annotate(variant, at, (4, 4), textcoords="offset points", fontsize=7)
+    axis.margins(0.2, 0.12)
     axis.set(xscale="log", xlabel="ms per action, one at a time", ylabel=unit)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     save_picture(figure, path)
 
 
