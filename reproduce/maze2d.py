@@ -40,9 +40,13 @@ from reproduce.common import (
 # the small preset; H as in the paper
 PRESET = """--channels 32 64 128 --kernel 5 --patch 8 --teacher-batch 128 --student-batch 32
 --path-batch 128 --teacher-steps 6000 --reward-steps 2000 --student-steps 1500 --tilted-steps 0
---dsm-weight 0.1 --reward-weight 1 --temperature 0.05 --episodes 100"""
+--dsm-weight 0.1 --temperature 0.05 --episodes 100"""
 UNUSED = "env reward_target reward_actions reward_networks candidates distance tilted_steps"
-HORIZONS = {"umaze": 128, "medium": 256, "large": 384}
+FLAGS = {  # of each maze; sigma smaller for the largest, as in the paper
+    "umaze": "--horizon 128 --reward-weight 1",
+    "medium": "--horizon 256 --reward-weight 1",
+    "large": "--horizon 384 --reward-weight 0.3",
+}
 PATHS = 32_768  # of the teacher
 LEAP = 0.25  # of a cell: a step so long is no noise; the simulator's longest one is 0.05
 PINNED = ((0, 0), (0, 1), (0, 2), (0, 3), (-1, 0), (-1, 1))  # first state, last position
@@ -362,10 +366,10 @@ def check(run):
 
 def main(argv=None):
     """The command line -> exit code, see `run_command`."""
-    horizons = ", ".join(f"{horizon} ({maze})" for maze, horizon in HORIZONS.items())
-    parser = make_parser("maze2d", f"{__doc__}{PRESET}\n--horizon {horizons}")
+    each = "\n".join(f"{maze}: {flags}" for maze, flags in FLAGS.items())
+    parser = make_parser("maze2d", f"{__doc__}{PRESET}\n{each}")
     add = parser.add_argument
-    add("--maze", required=True, metavar="MAZE", help=", ".join(HORIZONS))
+    add("--maze", required=True, metavar="MAZE", help=", ".join(FLAGS))
     add("--data", help="minari:ID of a PointMaze set (default: D4RL's recipe, made here)")
     add("--video", action="store_true", help="RACTD's first episode as a GIF, too")
     text = "steps between plans; below H it puts off the goal (default: 0, one plan)"
@@ -376,7 +380,7 @@ def main(argv=None):
         maze = pointmaze.Maze(own.maze)
         own_data = f"minari:{pointmaze.local_id(maze.name)}"
         data = own.data or own_data
-        defaults = [f"--horizon={HORIZONS[maze.name]}", *PRESET.split()]
+        defaults = f"{PRESET} {FLAGS[maze.name]}".split()
         run = parse_planner(rest, defaults, UNUSED, own)
         run.env, run.data = f"maze2d-{maze.name}", data
         ractd.resolve(run)
