@@ -269,14 +269,29 @@ class Planner:
         return ractd.decode(x, self.table).cpu().numpy()
 
 
+def mean_and_error(scores):
+    """The mean of scores (n,) and its standard error, 0 for a single one."""
+    sem = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
+    return float(scores.mean()), float(sem)
+
+
+def paired_gain(rows, maze):
+    """RACTD's score minus CTD's of the same episodes: {task: (mean, standard error)}."""
+    rows = {row["label"]: row for row in rows}
+    gain = {}
+    for task in ("single", "multi"):
+        scores = {label: maze.score(rows[label][task]["returns"]) for label in ("CTD", "RACTD")}
+        gain[task] = mean_and_error(scores["RACTD"] - scores["CTD"])
+    return gain
+
+
 def drive(act, run, random_goals):
     """Episodes of single- or multi-task -> mean score, its error, returns, share that got there."""
     config = run.config
     make_env = lambda: pointmaze.MazeTask(run.maze, random_goals)
     returns = ractd.evaluate(act, make_env, config.episodes, config.first_seed)["returns"]
-    scores = run.maze.score(returns)
-    sem = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
-    result = {"score_mean": float(scores.mean()), "score_sem": float(sem), "returns": returns}
+    mean, sem = mean_and_error(run.maze.score(returns))
+    result = {"score_mean": mean, "score_sem": sem, "returns": returns}
     return result | {"reached": float(np.mean(np.array(returns) > 0))}
 
 
@@ -327,7 +342,8 @@ def maze2d(run):
         row |= {"ms": ms, "ms_iqr": iqr}
     path = run.out / "maze2d.json"
     about = about | acting | {"dataset": experiment.meta["dataset"], "seed": config.seed}
-    result = about | {"horizon": config.horizon, "rows": rows}
+    gain = paired_gain(rows, maze)
+    result = about | {"horizon": config.horizon, "gain": gain, "rows": rows}
     write_json(path, result)
     print_table(result)
     print(f"All numbers: {path}")
@@ -352,6 +368,8 @@ def print_table(result):
         line += f"{row['wall']:8.0%}{leaps:6.0%}" if "wall" in row else f"{'':14}"
         paper = PAPER.get(row["label"])
         print(line + (f"{paper[result['maze']]:8.1f}" if paper else ""))
+    gain = "".join(f"{mean:8.1f} +- {sem:.1f}      " for mean, sem in result["gain"].values())
+    print(f"{'RACTD - CTD, paired':39}{gain}")
 
 
 def check(run):

@@ -365,6 +365,16 @@ def test_of_several_plans_the_one_that_r_likes_best_is_driven():
         assert chosen[row] == pytest.approx(plans[best], abs=1e-5)
 
 
+def test_the_gain_is_of_the_same_episodes(umaze):
+    returns = {"CTD": [10.0, 100.0, 200.0], "RACTD": [12.0, 104.0, 206.0]}
+    rows = [
+        {"label": x, "single": {"returns": y}, "multi": {"returns": y}} for x, y in returns.items()
+    ]
+    mean, sem = maze2d.paired_gain(rows, umaze)["multi"]
+    points = 100 / (161.86 - 23.85)  # of a step at the goal
+    assert (mean, sem) == pytest.approx((4 * points, 2 * points / 3**0.5))
+
+
 def test_half_a_set_is_no_set(umaze, monkeypatch):
     def broken(dataset_id, *_, **__):
         folder = minari.storage.get_dataset_path(dataset_id)
