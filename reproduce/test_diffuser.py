@@ -154,5 +154,6 @@ def test_halfcheetah_has_its_own_horizon(monkeypatch):
     seen = []
     monkeypatch.setattr(diffuser, "diffuser", lambda run: seen.append(run.config))
     assert diffuser.main(["--env=halfcheetah-medium-replay"]) == 0
-    assert diffuser.main([f"--env={ENV}"]) == 0
-    assert [(config.horizon, config.patch) for config in seen] == [(4, 1), (32, 4)]
+    assert diffuser.main([f"--env={ENV}", "--data=halfcheetah.hdf5"]) == 0
+    assert diffuser.main(["--env=halfcheetah-medium", "--horizon=8", "--patch=2"]) == 0
+    assert [(config.horizon, config.patch) for config in seen] == [(4, 1), (32, 4), (8, 2)]
