@@ -237,8 +237,10 @@ def parse(argv=None):
         raise ractd.UserError("--scale and --guides must be at least 0, --stop from 0 to 20")
     run = parse_planner(rest, PRESET.split(), UNUSED, own)
     short, named = str(run.env).startswith("halfcheetah"), run.out
-    run.horizon = run.horizon or (4 if short else 32)
-    run.patch = run.patch or (1 if short else None)
+    if run.horizon is None:
+        run.horizon = 4 if short else 32
+    if run.patch is None and short:
+        run.patch = 1
     ractd.resolve(run)
     if not named:
         run.out = run.out.with_name(f"{run.out.name}-diffuser")

@@ -142,7 +142,7 @@ def test_end_to_end_trains_once_and_writes_every_number(log, capsys, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "flag", ["--scale=-1", "--scale=nan", "--guides=-1", "--stop=21", "--nfe=2"]
+    "flag", ["--scale=-1", "--scale=nan", "--guides=-1", "--stop=21", "--nfe=2", "--horizon=0"]
 )
 def test_a_bad_flag_is_refused_by_name(log, flag, capsys):
     assert diffuser.main([f"--env={ENV}", *TINY, flag]) == 2
