@@ -527,7 +527,7 @@ def test_whole_paths_start_where_the_policy_does_and_belong_to_the_ctm_loss(
     loss, info, nets = distil(
         path_batch=12, temperature=temperature, dsm_weight=0.0, reward_weight=0.0, ctm_weight=2.0
     )
-    ((plan, x_T, _, sigmas),) = seen
+    ((plan, x_T, _, sigmas, _),) = seen
     assert len(plan) == 12 and x_T.std().item() == pytest.approx(80 * temperature, rel=0.2)
     torch.manual_seed(3)
     frozen(ractd.RewardModel(3, 2, actions=2))  # draws as `distil` does before the states
@@ -1346,9 +1346,9 @@ def test_training_stops_at_a_loss_that_is_not_finite_and_keeps_the_last_good_che
     (out / "student.pt").unlink()
     loss, calls = getattr(ractd, f"{name}_loss"), []
 
-    def broken(*args):
+    def broken(*args, **options):
         calls.append(1)
-        return loss(*args) * (1.0 if len(calls) < 5 else math.nan)
+        return loss(*args, **options) * (1.0 if len(calls) < 5 else math.nan)
 
     monkeypatch.setattr(ractd, f"{name}_loss", broken)
     monkeypatch.setattr(ractd, "SAVE_EVERY", 0)
