@@ -177,6 +177,12 @@ def in_turns(calls, turns=50, seconds=0.01):
     return summary
 
 
+def mean_and_error(scores):
+    """The mean of scores (n,) and its standard error, 0 for a single one."""
+    sem = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
+    return float(scores.mean()), float(sem)
+
+
 def points(env, returns, data=None):
     """Returns of episodes -> (mean, standard error, unit): scores, or returns where there is none.
 
@@ -185,8 +191,7 @@ def points(env, returns, data=None):
     results, unit = ractd.normalized_score(env, np.array(returns), data), "normalised score"
     if not np.isfinite(results).all():
         results, unit = np.array(returns), "return"
-    sem = results.std(ddof=1) / len(results) ** 0.5 if len(results) > 1 else 0.0
-    return float(results.mean()), float(sem), unit
+    return *mean_and_error(results), unit
 
 
 def data_label(env, dataset):

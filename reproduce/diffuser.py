@@ -8,8 +8,8 @@ two gradient steps on the value, for all candidates; the first action of the one
 is carried out, and the rest thrown away. Trains what is missing in <out> (default:
 runs/<env>-diffuser), teacher.pt, the denoiser, and reward.pt, the value; scores it and writes
 <out>/diffuser.json. The value is scaled to [-1, 1], so that --scale is in other units than the
-published 0.1; 0.5 was chosen on Hopper. Those flags of `python ractd.py distill` that mean something
-here are taken too, with these defaults:
+published 0.1; 0.5 was chosen on Hopper. Flags of `python ractd.py distill` that mean something here
+are taken too, with these defaults:
 """
 
 import functools

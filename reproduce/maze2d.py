@@ -32,6 +32,7 @@ from reproduce.common import (
     Experiment,
     in_turns,
     make_parser,
+    mean_and_error,
     parse_planner,
     run_command,
     write_json,
@@ -151,7 +152,7 @@ def plan_distance(a, b, c=0.1):
 def plan_return(reward_model, state, plan):
     """R of the states of a plan (B, H, 4) on the way to the goals of conditions (B, 6): (B,).
 
-    Their mean, the paper's sum divided by H: one sigma for all H, as `plan_distance` is a mean, too.
+    Their mean, the paper's sum divided by H: `plan_distance` is a mean over the plan, too.
     """
     goals = state[:, None, 4:].expand(-1, plan.shape[1], -1)
     each = reward_model(torch.cat([plan, goals], dim=2).flatten(0, 1))
@@ -267,12 +268,6 @@ class Planner:
             best = plan_return(self.reward_model, state, x).reshape(-1, n).argmax(1)
             x = x.reshape(-1, n, *x.shape[1:])[torch.arange(len(best)), best]
         return ractd.decode(x, self.table).cpu().numpy()
-
-
-def mean_and_error(scores):
-    """The mean of scores (n,) and its standard error, 0 for a single one."""
-    sem = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
-    return float(scores.mean()), float(sem)
 
 
 def paired_gain(rows, maze):
