@@ -87,6 +87,7 @@ def diffuser_loss(stage, config, batches, dims, _):
     device = batches.obs.device
     importance = torch.ones(config.horizon, sum(dims), device=device)
     importance[0, : dims[1]] = 10.0  # of the action that is carried out, as published
+    levels = cosine_sigmas().to(importance)  # the last one: where candidates are compared
 
     def distance(a, b):
         return ((a - b).square() * importance).flatten(1).mean(1)
@@ -99,7 +100,7 @@ def diffuser_loss(stage, config, batches, dims, _):
 
     def value_loss(net, _):
         state, x0, target = batches.windows(config.reward_batch)
-        t = cosine_sigmas().to(x0)[torch.randint(20, (len(x0),), device=device)]
+        t = levels[torch.randint(len(levels), (len(x0),), device=device)]
         x_t = x0 + ractd.expand(t) * torch.randn_like(x0)
         return (net(x_t, t, state) - target).square().mean(), {}
 
@@ -237,6 +238,7 @@ def parse(argv=None):
         raise ractd.UserError("--scale and --guides must be at least 0, --stop from 0 to 20")
     run = parse_planner(rest, PRESET.split(), UNUSED, own)
     short, named = str(run.env).startswith("halfcheetah"), run.out
+    run.reward_actions = 1  # no R here that would need a longer horizon
     if run.horizon is None:
         run.horizon = 4 if short else 32
     if run.patch is None and short:

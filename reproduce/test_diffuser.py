@@ -119,6 +119,25 @@ def test_the_first_state_is_pinned_and_the_value_hears_plan_state_and_level():
         assert not torch.allclose(other, base, atol=1e-6)
 
 
+def test_the_value_is_trained_at_every_level_where_it_is_asked():
+    def net(x, t, state):
+        levels.update(t.tolist())
+        spread.update({level: (row - 0.3).std().item() for level, row in zip(t.tolist(), x)})
+        return x.mean((1, 2))
+
+    class Constant:
+        obs = torch.zeros(1)
+        windows = staticmethod(lambda n: (torch.zeros(n, 2), torch.full((n, 8, 3), 0.3), 0.0))
+
+    levels, spread, config = set(), {}, ractd.Config(horizon=8, channels=(8,), patch=1)
+    config.reward_batch = 2000
+    _, loss = diffuser.diffuser_loss("reward", config, Constant, (2, 1), None)
+    loss(net, None)
+    asked = diffuser.cosine_sigmas().float().tolist()
+    assert levels == {*asked}
+    assert [spread[t] / t for t in asked] == pytest.approx([1] * 21, abs=0.6)
+
+
 def test_end_to_end_trains_once_and_writes_every_number(log, capsys, monkeypatch):
     command = [f"--env={ENV}", *TINY]
     assert diffuser.main(command) == 0
@@ -155,5 +174,7 @@ def test_halfcheetah_has_its_own_horizon(monkeypatch):
     monkeypatch.setattr(diffuser, "diffuser", lambda run: seen.append(run.config))
     assert diffuser.main(["--env=halfcheetah-medium-replay"]) == 0
     assert diffuser.main([f"--env={ENV}", "--data=halfcheetah.hdf5"]) == 0
-    assert diffuser.main(["--env=halfcheetah-medium", "--horizon=8", "--patch=2"]) == 0
-    assert [(config.horizon, config.patch) for config in seen] == [(4, 1), (32, 4), (8, 2)]
+    assert (
+        diffuser.main(["--env=halfcheetah-medium", "--horizon=2", "--channels=8", "--patch=2"]) == 0
+    )
+    assert [(config.horizon, config.patch) for config in seen] == [(4, 1), (32, 4), (2, 2)]
