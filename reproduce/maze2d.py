@@ -17,6 +17,7 @@ Those of its flags that mean something here are taken, with these defaults:
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -241,6 +242,8 @@ class Planner:
         self.sigmas, self.device = ractd.karras_sigmas(points), device
         self.calls = config.nfe if self.student else 2 * points - 3
         self.reward_model = reward and make_reward_model(reward).to(device)
+        # the same for all states, so made once
+        self.level = functools.cache(functools.partial(ractd.precondition, self.net))
 
     @torch.inference_mode()
     def __call__(self, observations, generators):
@@ -256,12 +259,12 @@ class Planner:
         goal = ractd.encode(state[:, 4:], self.table[:, :2])
         state = torch.cat([ractd.encode(state[:, :4], self.table), goal], dim=1)
         state = state.repeat_interleave(n, 0)
-        x_T = net.pin(ractd.SIGMA_MAX * noise(None), state)
+        x_T = ractd.SIGMA_MAX * noise(None)
         if self.student:
-            jump = lambda x, t, k: ractd.student_jump(net, x, t, k, state)
+            jump = lambda x, t, k: ractd.student_jump(net, x, t, k, state, self.level(t, k))
             x = ractd.student_sample(jump, x_T, self.sigmas, config.nfe, noise)
         else:
-            denoiser = lambda x, t: ractd.denoise(net, x, t, state)
+            denoiser = lambda x, t: ractd.denoise(net, x, t, state, level=self.level(t))
             x = ractd.heun_sample(denoiser, x_T, self.sigmas)
         x = net.pin(x.clamp(-1, 1), state)
         if n > 1:
