@@ -98,7 +98,7 @@ class Config:
     reward_batch: int = option(256, REWARD, "rows per step, twice for V [64]", 1, 100_000)
     reward_lr: float = option(1e-3, REWARD, "peak learning rate of AdamW [2e-4]", 1e-9, 1)
     reward_warmup: int = option(20, REWARD, "steps of linear warm-up", 0)
-    tilted_steps: int = option(1000, "tilted distill", "steps of the tilt; 0: Eq. 8 [0]", 0, 1e9)
+    tilted_steps: int = option(1000, "tilted distill", "steps; 0: Eq. 8, sigma 0.5 [0]", 0, 1e9)
     student_steps: int = option(2000, STUDENT, "gradient steps [33_500]", 1, 1e9)
     student_batch: int = option(256, STUDENT, "plans per step [4800]", 1, 100_000)
     student_lr: float = option(5e-4, STUDENT, "peak learning rate of AdamW [1e-4]", 1e-9, 1)
@@ -460,7 +460,7 @@ class UNet1d(nn.Module):
 
 def warm_start(student, teacher):
     """Give a student the teacher's weights; what reads k starts at 0: the teacher, whatever k."""
-    weights, first = teacher.state_dict(), "level_in.weight"
+    weights, student.pinned, first = teacher.state_dict(), teacher.pinned, "level_in.weight"
     weights[first] = torch.cat([weights[first], torch.zeros_like(weights[first])], dim=1)
     student.load_state_dict(weights)
 
@@ -500,7 +500,7 @@ def denoise(net, x, t, state, k=None, level=None):
     """The teacher's denoiser D(x, t), or the student's g(x, t, k), made of the network F.
 
     x (B, H, A), t and k floats or (B,), state (B, S) -> estimate of the clean plan (B, H, A); at
-    smin x itself, but pins. level: what `precondition` gave, at fixed levels or other constants.
+    smin x itself but for pins. level: what `precondition` gave, at fixed levels or other constants.
     """
     c_skip, c_out, c_in, embedding = level or precondition(net, t, k)
     return net.pin(c_skip * x + c_out * net(net.pin(c_in * x, state), embedding, state), state)
@@ -595,7 +595,7 @@ def tilt(reward, value, sigma, cap=5.0):
 
     reward, value (B,): R(s, x0) and V(s) = log E[exp(sigma R) | s] / sigma -> (B,), mean 1 in each
     state. But for the cap, plans drawn so have the density p(x0 | s) exp(sigma R) / Z(s), that with
-    the largest E[R] - KL(. || p) / sigma, what Eq. 9 weighs; Eqs. 4 to 7 learn it as they are.
+    the largest E[R] - KL(. || p) / sigma, Eq. 9's trade-off; Eqs. 4 to 7 learn it as they are.
     """
     return (sigma * (reward - value)).clamp(max=cap).exp()
 
@@ -753,7 +753,7 @@ def replacing(path):
 def load_checkpoint(path, stage, device="cpu"):
     """A checkpoint of that stage, or UserError saying what is wrong with the file."""
     if not Path(path).is_file():
-        raise UserError(f"no trained {stage} at {path}: `ractd.py reward` or `distill` trains it")
+        raise UserError(f"no trained {stage} at {path}: train it first, see `ractd.py --help`")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         found, version = checkpoint["stage"], checkpoint.get("format", 1)
@@ -871,13 +871,14 @@ def make_reward_model(checkpoint, dims):
 class Policy(nn.Module):
     """A loaded teacher.pt, tilted.pt or student.pt, acting: raw observations in, raw plans out.
 
-    how: Config, of which nfe, teacher_points, temperature, candidates count; out: the folder of
-    reward.pt, for more than one candidate. calls: network calls per plan.
+    how: Config, of which nfe, teacher_points, temperature (default: as trained), candidates count;
+    out: the folder of reward.pt, for more than one candidate. calls: network calls per plan.
     """
 
     def __init__(self, checkpoint, how=None, device="cpu", out="."):
         super().__init__()
-        config, how, dims = Config(**checkpoint["config"]), how or Config(), checkpoint["dims"]
+        config, dims = Config(**checkpoint["config"]), checkpoint["dims"]
+        how = how or Config(temperature=config.temperature)
         self.student = checkpoint["stage"] == "student"
         self.net = make_unet(config, dims, self.student).to(device)
         self.net.eval().requires_grad_(False).load_state_dict(checkpoint["ema"])
@@ -889,14 +890,13 @@ class Policy(nn.Module):
         self.sigmas = karras_sigmas(config.grid_points if self.student else how.teacher_points)
         self.nfe, self.temperature, self.candidates = how.nfe, how.temperature, how.candidates
         self.calls = how.nfe if self.student else 2 * how.teacher_points - 3
-        # what a network call at fixed levels needs does not depend on the state: made once, here
-        self.level = functools.cache(functools.partial(precondition, self.net))
+        self.level = functools.cache(functools.partial(precondition, self.net))  # made once
         with torch.no_grad():
             self(torch.zeros(1, dims[0], device=device), torch.zeros_like)
 
     @torch.inference_mode()  # a sixth faster at batch 1 than no_grad
     def act(self, observations, generators):
-        """The same in numpy, the noise of each row from its own numpy Generator."""
+        """`forward` in numpy, the noise of each row from its own numpy Generator."""
 
         def noise(_):
             shape = self.candidates, *self.shape
@@ -918,7 +918,7 @@ class Policy(nn.Module):
         else:
             denoiser = lambda x, t: denoise(net, x, t, state, level=level(t))
             x = heun_sample(denoiser, x_T, self.sigmas)
-        x = x.clamp(-1, 1)  # in the action box
+        x = x.clamp(-1, 1)  # in the range of the data's actions
         if self.candidates > 1:
             best = self.reward_model(state, x).reshape(-1, self.candidates).argmax(1)
             x = x.reshape(-1, self.candidates, *self.shape)[torch.arange(len(best)), best]
@@ -1029,7 +1029,7 @@ def load_data(run):
     meta = {"env": run.env, "dataset": dataset.summary()}
     env = simulator(run.env, meta["dataset"])()
     dims = [dataset.observations.shape[1], dataset.actions.shape[1]]
-    sizes = [np.size(env.reset(seed=0)[0]), math.prod(env.action_space.shape)]
+    sizes = [np.size(env.reset(seed=0)[0]), math.prod(env.action_space.shape or (0,))]  # 0: no Box
     if dims != sizes:
         raise UserError(f"{dataset.name} has {dims} observations and actions, {run.env} {sizes}")
     batches = Batches(dataset, horizon, run.config.gamma, run.device)
@@ -1208,7 +1208,7 @@ def resolve(run):
     run.out = Path(getattr(run, "out", None) or "runs/" + str(run.env).replace("/", "-"))
     acts = run.command in ("evaluate", "export") and run.out.exists()
     if not run.env or run.env not in ENVS and not data and not acts:
-        raise UserError(f"--env {run.env} is unknown; give --data too, or one of {', '.join(ENVS)}")
+        raise UserError(f"--env {run.env}: with --data any gymnasium id, else {', '.join(ENVS)}")
     if run.command == "data":
         return
     try:

@@ -326,7 +326,9 @@ def test_a_level_is_a_float_or_one_for_each_sample_and_the_convolution_is_one():
 def test_a_student_with_the_teachers_weights_is_the_teacher_for_every_k():
     teacher, x, state = network(1), torch.randn(6, 8, 2), torch.randn(6, 3)
     student = UNet1d(2, 3, channels=(8, 16), patch=2, student=True)
+    teacher.pinned = ((0, 1), (-1, 0))
     ractd.warm_start(student, teacher)
+    assert student.pinned == teacher.pinned
     t = ractd.lognormal_levels(6)
     for k in (t, t / 2, torch.full((6,), 0.02)):
         expected = denoise(teacher, x, t, state)
@@ -1634,6 +1636,13 @@ for model in ("student", "teacher"):
         assert torch.allclose(torch.load(f"{model}.pt"), expected, atol=1e-5)
 
 
+def test_a_policy_acts_from_the_noise_it_was_trained_for_unless_told_otherwise(trained):
+    checkpoint = ractd.load_checkpoint(trained.out / "student.pt", "student")
+    checkpoint["config"]["temperature"] = 0.7
+    assert ractd.Policy(checkpoint).temperature == 0.7
+    assert ractd.Policy(checkpoint, Config(temperature=0.1)).temperature == 0.1
+
+
 def test_a_policy_can_act_before_and_after_its_export(trained):
     policy = ractd.Policy(ractd.load_checkpoint(trained.out / "student.pt", "student"))
     observations = torch.randn(4, 11)
@@ -1679,6 +1688,12 @@ def test_a_bad_dataset_is_refused(sentence, tmp_path, capsys):
     refused(capsys, cli("distill", *FLAGS["distill"], f"--data={data}"), "bad.hdf5", sentence)
 
 
+def test_a_task_whose_actions_are_no_vector_is_refused(tmp_path, capsys):
+    data = write(tmp_path / "cart.hdf5", logged(o=4, a=1))
+    code = cli("distill", *FLAGS["distill"], f"--data={data}", env="CartPole-v1")
+    refused(capsys, code, "[4, 1] observations and actions, CartPole-v1 [4, 0]")
+
+
 def test_a_missing_or_damaged_file_is_refused(tmp_path, capsys):
     path, whole = tmp_path / "bad.hdf5", Path(write(tmp_path / "good.hdf5", logged())).read_bytes()
     refused(capsys, cli("data", f"--data={path}"), str(path))
@@ -1689,7 +1704,7 @@ def test_a_missing_or_damaged_file_is_refused(tmp_path, capsys):
 
 
 def test_an_unknown_env_is_answered_with_the_names(tmp_path, capsys):
-    sentence = "one of hopper-medium, hopper-medium-replay"
+    sentence = "hopper-medium, hopper-medium-replay"
     refused(capsys, cli("data", env="hoper-medium-repaly"), sentence)
     refused(capsys, ractd.main(["data"]), "--env")
     for command in ("teacher", "distill"):  # a folder that exists makes no task of it
