@@ -472,7 +472,7 @@ def karras_sigmas(n=80, smin=SIGMA_MIN, smax=SIGMA_MAX, rho=7.0, device="cpu"):
     """The noise grid, descending from smax to smin: (n,) float64 (Karras et al. 2022, Eq. 5)."""
     ramp = torch.linspace(0, 1, n, dtype=torch.float64, device=device)
     sigmas = (smax ** (1 / rho) + ramp * (smin ** (1 / rho) - smax ** (1 / rho))) ** rho
-    return sigmas.clamp(smin, smax)  # no rounding error at the ends
+    return sigmas.round(decimals=12)  # no rounding error at the ends
 
 
 def lognormal_levels(batch, device="cpu", mean=-1.2, std=1.2, smin=SIGMA_MIN, smax=SIGMA_MAX):
@@ -918,7 +918,7 @@ class Policy(nn.Module):
         else:
             denoiser = lambda x, t: denoise(net, x, t, state, level=level(t))
             x = heun_sample(denoiser, x_T, self.sigmas)
-        x = x.clamp(-1, 1)  # in the range of the data's actions
+        x = net.pin(x.clamp(-1, 1), state)  # in the range of the data
         if self.candidates > 1:
             best = self.reward_model(state, x).reshape(-1, self.candidates).argmax(1)
             x = x.reshape(-1, self.candidates, *self.shape)[torch.arange(len(best)), best]
@@ -1023,7 +1023,7 @@ def weights_id(checkpoint):
     return hashlib.sha256(weights.cpu().numpy()).hexdigest()[:10]
 
 
-def load_data(run):
+def load_data(run, kind=Batches):
     """The data of a run -> (Batches, meta: what checkpoints record), or UserError if unfit."""
     dataset, horizon = load_dataset(run.env, run.data), run.config.horizon
     meta = {"env": run.env, "dataset": dataset.summary()}
@@ -1032,7 +1032,7 @@ def load_data(run):
     sizes = [np.size(env.reset(seed=0)[0]), math.prod(env.action_space.shape or (0,))]  # 0: no Box
     if dims != sizes:
         raise UserError(f"{dataset.name} has {dims} observations and actions, {run.env} {sizes}")
-    batches = Batches(dataset, horizon, run.config.gamma, run.device)
+    batches = kind(dataset, horizon, run.config.gamma, run.device)
     print(f"{dataset}, {len(batches.starts):,} windows of {horizon} actions", flush=True)
     return batches, meta | {"dims": dims, "plan": "actions", "normalizer": batches.normalizer}
 
@@ -1097,12 +1097,12 @@ def load_or_train(run, stage, batches, meta, built_on, make=None):
     path = run.out / f"{stage}.pt"
     fields = [f.name for f in dataclasses.fields(Config) if stage in f.metadata["commands"]]
     recipe = {"env": run.env, "data": "{name}, SHA-256 {sha256:.12}".format(**meta["dataset"])}
-    recipe |= {name: getattr(run.config, name) for name in fields}
+    recipe |= {"plan": meta["plan"]} | {name: getattr(run.config, name) for name in fields}
     if stage in ("tilted", "student"):  # the others are trained apart
         recipe |= {name: weights_id(checkpoint) for name, checkpoint in built_on.items()}
     if path.exists():
         saved = load_checkpoint(path, stage, run.device)
-        check_compatible(path, saved["recipe"], dict.fromkeys(saved["recipe"]) | recipe)
+        check_compatible(path, saved | saved["recipe"], dict.fromkeys(saved["recipe"]) | recipe)
         if saved["step"] == saved["steps"]:
             print(f"{stage}: {path}, {saved['step']:,} steps in {saved['seconds']:.0f} s")
             return saved
@@ -1208,7 +1208,7 @@ def resolve(run):
     run.out = Path(getattr(run, "out", None) or "runs/" + str(run.env).replace("/", "-"))
     acts = run.command in ("evaluate", "export") and run.out.exists()
     if not run.env or run.env not in ENVS and not data and not acts:
-        raise UserError(f"--env {run.env}: with --data any gymnasium id, else {', '.join(ENVS)}")
+        raise UserError(f"--env {run.env} is unknown; there are {', '.join(ENVS)}; with --data any")
     if run.command == "data":
         return
     try:

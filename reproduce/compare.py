@@ -45,7 +45,7 @@ class Row:
     """A way to act: act as in `ractd.evaluate`, network calls per action, seconds of training.
 
     weights: what tells its models from others; how: settings of acting that calls do not tell;
-    plans: for how many a network is called per action.
+    plans: network calls per action times candidates.
     """
 
     label: str
@@ -164,7 +164,7 @@ def compare(runs, slow, slow_episodes, skip=math.inf):
     makers = (ractd_rows, diffuser_rows, trajectory_diffuser_rows)
     rows = [row for maker, run in zip(makers, runs, strict=True) for row in maker(run)]
     run = runs[0]
-    _, meta = ractd.load_data(run)
+    meta = ractd.load_checkpoint(run.out / "teacher.pt", "teacher")
     observations = np.zeros((1, meta["dims"][0]), np.float32)
     generators = [np.random.default_rng(0)]
     print("time per action", flush=True)

@@ -12,6 +12,7 @@ published 0.1; 0.5 was chosen on Hopper. Flags of `python ractd.py distill` that
 are taken too, with these defaults:
 """
 
+import copy
 import functools
 import itertools
 import math
@@ -33,7 +34,7 @@ from reproduce.common import (
 )
 
 # gamma as published, H 32 but 4 for halfcheetah; the rest at the size of ractd.py's default
-PRESET = "--gamma 0.997 --candidates 64 --temperature 1"
+PRESET = "--gamma 0.997 --candidates 64 --temperature 1 --reward-actions 1"
 UNUSED = """distance reward_target reward_actions reward_networks tilted_steps student_steps
 student_batch student_lr student_warmup grid_points target_decay path_batch ctm_weight dsm_weight
 reward_weight dsm_target nfe"""  # fields of Config
@@ -42,6 +43,12 @@ TERMINATION = -100.0  # added to the reward of a step that ends an episode, as p
 
 class JointBatches(ractd.Batches):
     """A dataset as `ractd.Batches`, where plans of actions and states are drawn."""
+
+    def __init__(self, dataset, *how):
+        dataset = copy.copy(dataset)
+        dataset.rewards = dataset.rewards.copy()
+        dataset.rewards[dataset.ends[dataset.terminated]] += TERMINATION
+        super().__init__(dataset, *how)
 
     def windows(self, batch):
         """First states (B, O), plans (B, H, A + O), scaled return-to-go of their starts (B,)."""
@@ -54,14 +61,8 @@ class JointBatches(ractd.Batches):
 
 def load_joint(run):
     """The data of a run -> (JointBatches, meta), as `ractd.load_data`."""
-    dataset = ractd.load_dataset(run.env, run.data)
-    summary = dataset.summary()
-    dataset.rewards[dataset.ends[dataset.terminated]] += TERMINATION
-    batches = JointBatches(dataset, run.config.horizon, run.config.gamma, run.device)
-    dims = [dataset.observations.shape[1], dataset.actions.shape[1]]
-    print(f"{dataset}, {len(batches.starts):,} windows of {run.config.horizon} steps", flush=True)
-    meta = {"env": run.env, "dataset": summary, "dims": dims, "plan": "actions and states"}
-    return batches, meta | {"normalizer": batches.normalizer}
+    batches, meta = ractd.load_data(run, JointBatches)
+    return batches, meta | {"plan": "actions and states"}
 
 
 class Value(ractd.UNet1d):
@@ -180,14 +181,14 @@ class Planner:
         def noise(_):
             shape = (n, *self.shape)
             rows = [g.standard_normal(shape, np.float32) for g in generators]
-            return torch.from_numpy(np.concatenate(rows)).to(run.device)
+            return run.config.temperature * torch.from_numpy(np.concatenate(rows)).to(run.device)
 
         raw = torch.as_tensor(np.asarray(observations, np.float32), device=run.device)
         state = ractd.encode(raw, self.tables["obs"]).repeat_interleave(n, 0)
         of_denoiser, of_value = self.levels
         denoiser = lambda x, t: ractd.denoise(self.net, x, t, state, level=of_denoiser(t))
         value = lambda x, t: self.value(x, t, state, of_value(t))
-        x_T = run.config.temperature * ractd.SIGMA_MAX * noise(None)
+        x_T = ractd.SIGMA_MAX * noise(None)
         guides = run.guides if run.scale else 0
         x = guided_sample(denoiser, value, x_T, self.sigmas, noise, run.scale, guides, run.stop)
         with torch.no_grad():
@@ -237,14 +238,13 @@ def parse(argv=None):
     if not (0 <= own.scale < math.inf and own.guides >= 0 and 0 <= own.stop <= 20):
         raise ractd.UserError("--scale and --guides must be at least 0, --stop from 0 to 20")
     run = parse_planner(rest, PRESET.split(), UNUSED, own)
-    short, named = str(run.env).startswith("halfcheetah"), run.out
-    run.reward_actions = 1  # no R here that would need a longer horizon
+    short, out_given = "halfcheetah" in str(run.env or run.data).lower(), run.out
     if run.horizon is None:
         run.horizon = 4 if short else 32
     if run.patch is None and short:
         run.patch = 1
     ractd.resolve(run)
-    if not named:
+    if not out_given:
         run.out = run.out.with_name(f"{run.out.name}-diffuser")
     return run
 

@@ -87,11 +87,12 @@ def draw_speed(run):
 
 def draw_training(run):
     """training.png: what <out>/<stage>.jsonl has of the stages."""
-    figure, axes = canvas(13, 3.8, run.out.name, ncols=len(STAGES))
-    for stage, axis in zip(STAGES, axes, strict=True):
-        path = run.out / f"{stage}.jsonl"
-        if not path.exists():
-            raise ractd.UserError(f"no {path}: `ractd.py distill` trains what is missing")
+    paths = {stage: run.out / f"{stage}.jsonl" for stage in STAGES}
+    if not paths["student"].exists():
+        raise ractd.UserError(f"no {paths['student']}: `ractd.py distill` trains what is missing")
+    paths = {stage: path for stage, path in paths.items() if path.exists()}
+    figure, axes = canvas(3.25 * len(paths), 3.8, run.out.name, ncols=len(paths), squeeze=False)
+    for (stage, path), axis in zip(paths.items(), axes[0], strict=True):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         steps = [row["step"] for row in rows]
         for name in rows[0]:
@@ -123,7 +124,10 @@ def draw_video(run):
 
     path = Path(run.file or run.out / "episode.gif")
     saved = ractd.load_checkpoint(run.out / "student.pt", "student", run.device)
-    ractd.check_compatible(run.out / "student.pt", saved, {"env": run.env})
+    asked = {"env": run.env, "plan": "actions"}
+    ractd.check_compatible(run.out / "student.pt", {"plan": "actions"} | saved, asked)
+    if run.temperature is None:  # not given: as it was trained for
+        run.config.temperature = saved["config"]["temperature"]
     policy = ractd.Policy(saved, run.config, run.device, run.out)
     make = ractd.simulator(run.env, saved["dataset"])
     options = {"render_mode": "rgb_array"}

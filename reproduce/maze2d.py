@@ -11,13 +11,12 @@ the paper has the sum, H times that. A PD rule drives from the true state to the
 after the plan its end is held. Data that are not there are made first by D4RL's recipe. Trained
 models and rows of numbers are kept in <out>, and not made again.
 
-Two things differ from `python ractd.py distill`: the teacher's whole paths are solved once, before
-a student's training, and Eq. 5's distance is one that plans of many states need (`plan_distance`).
-Those of its flags that mean something here are taken, with these defaults:
+Training differs from `python ractd.py distill` in two more points: the teacher's whole paths are
+solved once, before a student's training, and Eq. 5's distance is one that plans of many states need
+(`plan_distance`). Those of its flags that mean something here are taken, with these defaults:
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -38,6 +37,7 @@ from reproduce.common import (
     run_command,
     write_json,
 )
+from reproduce.pointmaze import DataController, OpenLoop
 
 # the small preset; H as in the paper
 PRESET = """--channels 32 64 128 --kernel 5 --patch 8 --teacher-batch 128 --student-batch 32
@@ -161,7 +161,7 @@ def plan_return(reward_model, state, plan):
 
 
 def teacher_paths(teacher, batches, temperature, batch=256):
-    """PATHS whole paths of the teacher: conditions (N, 6), noise at T and ends (N, H, 4) each.
+    """PATHS whole paths of the teacher: conditions (N, 6), starts at T and ends (N, H, 4) each.
 
     `ractd.path_loss` solves new ones in every step; a long plan needs larger batches than that
     leaves time for, and they are drawn from these again and again.
@@ -227,50 +227,21 @@ def maze_loss(stage, config, batches, dims, built_on):
     return student, student_loss
 
 
-class Planner:
-    """A loaded teacher or student: observations (B, 6) -> plans of states (B, H, 4), both raw.
+class Planner(ractd.Policy):
+    """A loaded teacher or student, acting: observations (B, 6) -> plans of states (B, H, 4), raw.
 
-    config: Config, how it acts; reward: reward.pt, loaded, for more than one candidate.
+    how: Config, as for `ractd.Policy`; reward: reward.pt, loaded, for more than one candidate.
     """
 
-    def __init__(self, checkpoint, config, device, reward=None):
-        self.student, self.config = checkpoint["stage"] == "student", config
-        self.net = make_unet(config, checkpoint["dims"], self.student).to(device)
-        self.net.eval().requires_grad_(False).load_state_dict(checkpoint["ema"])
-        self.table = checkpoint["normalizer"]["obs"].to(device)
-        points = config.grid_points if self.student else config.teacher_points
-        self.sigmas, self.device = ractd.karras_sigmas(points), device
-        self.calls = config.nfe if self.student else 2 * points - 3
-        self.reward_model = reward and make_reward_model(reward).to(device)
-        # the same for all states, so made once
-        self.level = functools.cache(functools.partial(ractd.precondition, self.net))
-
-    @torch.inference_mode()
-    def __call__(self, observations, generators):
-        """generators: a numpy Generator for the noise of each row."""
-        config, net, n = self.config, self.net, self.config.candidates
-
-        def noise(_):
-            shape = (n, config.horizon, 4)
-            rows = [generator.standard_normal(shape, np.float32) for generator in generators]
-            return config.temperature * torch.from_numpy(np.concatenate(rows)).to(self.device)
-
-        state = torch.tensor(observations, dtype=torch.float32, device=self.device)
-        goal = ractd.encode(state[:, 4:], self.table[:, :2])
-        state = torch.cat([ractd.encode(state[:, :4], self.table), goal], dim=1)
-        state = state.repeat_interleave(n, 0)
-        x_T = ractd.SIGMA_MAX * noise(None)
-        if self.student:
-            jump = lambda x, t, k: ractd.student_jump(net, x, t, k, state, self.level(t, k))
-            x = ractd.student_sample(jump, x_T, self.sigmas, config.nfe, noise)
-        else:
-            denoiser = lambda x, t: ractd.denoise(net, x, t, state, level=self.level(t))
-            x = ractd.heun_sample(denoiser, x_T, self.sigmas)
-        x = net.pin(x.clamp(-1, 1), state)
-        if n > 1:
-            best = plan_return(self.reward_model, state, x).reshape(-1, n).argmax(1)
-            x = x.reshape(-1, n, *x.shape[1:])[torch.arange(len(best)), best]
-        return ractd.decode(x, self.table).cpu().numpy()
+    def __init__(self, checkpoint, how, device, reward=None):
+        states = checkpoint["normalizer"]["obs"]
+        tables = {"obs": torch.cat([states, states[:, :2]], dim=1), "action": states}
+        one = dataclasses.replace(how, candidates=1)  # there is no R of actions to be loaded
+        super().__init__(checkpoint | {"normalizer": tables}, one, device)
+        self.net.pinned, self.candidates = PINNED, how.candidates
+        if reward:
+            R = make_reward_model(reward).to(device)
+            self.reward_model = lambda state, plan: plan_return(R, state, plan)
 
 
 def paired_gain(rows, maze):
@@ -294,22 +265,18 @@ def drive(act, run, random_goals):
 
 
 def measure(run, label, planner, asked):
-    """One row: both tasks, what the first one's plans are like; asked: what makes it this row.
+    """One row: both tasks, faults of the single-task plans; asked: what makes it this row.
 
     It is kept in <out>/maze2d_<label>.json, and not made again while `asked` is the same.
     """
     path = run.out / f"maze2d_{label.replace(', ', '_').replace(' ', '_')}.json"
-    if path.exists() and (row := json.loads(path.read_text()))["asked"] == asked:
+    if path.exists() and (row := json.loads(path.read_text())).get("asked") == asked:
         print(f"{label}: numbers from {path}")
         return row
     row = {"label": label, "calls": planner.calls if planner else 0, "asked": asked}
     for task, random_goals in (("single", False), ("multi", True)):
         print(f"\n== {label}: {task}-task", flush=True)
-        act = (
-            pointmaze.OpenLoop(planner, run.replan)
-            if planner
-            else pointmaze.DataController(run.maze)
-        )
+        act = OpenLoop(planner.act, run.replan) if planner else DataController(run.maze)
         row[task] = drive(act, run, random_goals)
         if planner and not random_goals:
             plans = act.first[: run.config.episodes]
@@ -332,10 +299,10 @@ def maze2d(run):
         reward = experiment.model("reward") if how.candidates > 1 else None
         planners[label] = Planner(model, how, run.device, reward)
         asked = about | acting | {"weights": ractd.weights_id(model)}
-        rows.append(measure(run, label, planners[label], asked) | {"train_s": model["seconds"]})
+        rows.append(measure(run, label, planners[label], asked) | {"own_train_s": model["seconds"]})
     example = np.concatenate([maze.center(maze.cells[0]), np.zeros(2), maze.fixed_goal])[None]
     generators = [np.random.default_rng(0)]
-    calls = {label: lambda p=p: p(example, generators) for label, p in planners.items()}
+    calls = {label: lambda p=p: p.act(example, generators) for label, p in planners.items()}
     for row, (ms, iqr) in zip(rows[1:], in_turns(calls, turns=10).values(), strict=True):
         row |= {"ms": ms, "ms_iqr": iqr}
     path = run.out / "maze2d.json"

@@ -288,7 +288,7 @@ def read_trajectories(dataset_id):
         missing = dataset_id not in minari.list_local_datasets()
         dataset = minari.load_dataset(dataset_id, download=missing)
         observations = [episode.observations for episode in dataset.iterate_episodes()]
-    except (ImportError, OSError, ValueError, LookupError) as error:
+    except (ImportError, OSError, ValueError, TypeError, LookupError) as error:
         hint = "network? pip install 'minari[hf,gcs]'?"
         raise UserError(f"minari:{dataset_id} cannot be read ({error}); {hint}") from None
     space = dataset.observation_space

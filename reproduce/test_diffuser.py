@@ -92,7 +92,7 @@ def test_windows_are_actions_and_states_of_one_episode_and_their_return():
     columns = [np.stack([rows, -rows], 1), rows[:, None], np.ones(46)]
     columns += [np.isin(range(46), ends[:2]), np.isin(range(46), ends[2:])]
     data = ractd.Dataset("d", "file", columns)
-    batches = diffuser.JointBatches(data, horizon=8, gamma=0.9)
+    batches = diffuser.JointBatches(data, 8, 0.9)
     state, plan, target = batches.windows(2000)
     raw = ractd.decode(plan[..., :1], batches.normalizer["action"]).squeeze(2).round().numpy()
     states = ractd.decode(plan[..., 1:], batches.normalizer["obs"]).round().numpy()
@@ -100,7 +100,9 @@ def test_windows_are_actions_and_states_of_one_episode_and_their_return():
     assert np.array_equal(states[..., 0], raw) and np.array_equal(states[..., 1], -raw)
     assert torch.equal(state, plan[:, 0, 1:])
     assert {*raw[:, 0]} == {*range(5), *range(16, 39)}
-    go = ractd.returns_to_go(data.rewards, data.begins, data.ends, data.terminated, 0.9)
+    assert np.array_equal(data.rewards, np.ones(46))  # as they were
+    rewards = np.where(np.isin(range(46), ends[:2]), -99.0, 1.0)
+    go = ractd.returns_to_go(rewards, data.begins, data.ends, data.terminated, 0.9)
     found = ractd.decode(target[:, None], batches.normalizer["return"]).squeeze(1).numpy()
     assert found == pytest.approx(go[raw[:, 0].astype(int)], abs=1e-4)
 
@@ -160,6 +162,31 @@ def test_end_to_end_trains_once_and_writes_every_number(log, capsys, monkeypatch
         assert json.load(f)["returns"] != result["returns"]
 
 
+def test_other_plans_and_other_tasks_are_refused_before_training(log, capsys):
+    command = [f"--env={ENV}", *TINY, "--out=run"]
+    assert diffuser.main(command) == 0
+    text = capsys.readouterr().out
+    assert ractd.main(["data", f"--env={ENV}", "--data=log.hdf5"]) == 0
+    described = capsys.readouterr().out.split("mean")[1].split()[0]
+    assert described in text.split("mean")[1].split()[0]  # the returns, without TERMINATION
+    flags = [flag for flag in TINY if flag[2:6] not in ("guid", "stop")]
+    code = ractd.main(["teacher", f"--env={ENV}", *flags[:2], "--data=log.hdf5", "--out=run"])
+    assert code == 2 and "plan: actions and states in the file" in capsys.readouterr().err
+    assert diffuser.main(["--env=halfcheetah-medium", *TINY, "--patch=4", "--out=other"]) == 2
+    assert "[11, 3] observations and actions" in capsys.readouterr().err
+
+
+def test_temperature_scales_all_of_the_noise(log, capsys):
+    run = diffuser.parse([f"--env={ENV}", *TINY, "--out=run"])
+    cold = diffuser.parse([f"--env={ENV}", *TINY, "--out=run", "--temperature=0"])
+    models = diffuser.train(run)
+    act = [
+        diffuser.Planner(*models, x).act(np.zeros((1, 11)), [np.random.default_rng(seed)])
+        for x, seed in ((cold, 0), (cold, 1), (run, 0), (run, 1))
+    ]
+    assert np.array_equal(act[0], act[1]) and not np.allclose(act[2], act[3], atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "flag", ["--scale=-1", "--scale=nan", "--guides=-1", "--stop=21", "--nfe=2", "--horizon=0"]
 )
@@ -172,9 +199,11 @@ def test_a_bad_flag_is_refused_by_name(log, flag, capsys):
 def test_halfcheetah_has_its_own_horizon(monkeypatch):
     seen = []
     monkeypatch.setattr(diffuser, "diffuser", lambda run: seen.append(run.config))
+    short = ["--env=HalfCheetah-v5", "--data=minari:mujoco/halfcheetah/medium-v0"]
     assert diffuser.main(["--env=halfcheetah-medium-replay"]) == 0
     assert diffuser.main([f"--env={ENV}", "--data=halfcheetah.hdf5"]) == 0
-    assert (
-        diffuser.main(["--env=halfcheetah-medium", "--horizon=2", "--channels=8", "--patch=2"]) == 0
-    )
-    assert [(config.horizon, config.patch) for config in seen] == [(4, 1), (32, 4), (2, 2)]
+    assert diffuser.main([short[0], "--data=log.hdf5"]) == diffuser.main(short[1:]) == 0
+    own = ["--horizon=2", "--channels=8", "--patch=2"]
+    assert diffuser.main(["--env=halfcheetah-medium", *own]) == 0
+    found = [(config.horizon, config.patch) for config in seen]
+    assert found == [(4, 1), (32, 4), (4, 1), (4, 1), (2, 2)]

@@ -44,7 +44,7 @@ from reproduce.common import (
 PARTS = {"teacher": "refinement", "reward": "inverse dynamics", "student": "draft"}  # by stage
 SWEEP = (0.0, 0.04, 0.1, 0.25, 0.5, 1.0, ractd.SIGMA_MAX)
 HORIZONS = {"halfcheetah": 8, "hopper": 16, "walker2d": 32}  # as released; other tasks: 16
-DEFAULTS = "--student-steps 5000 --student-batch 64 --reward-steps 10000"
+DEFAULTS = "--student-steps 5000 --student-batch 64 --reward-steps 10000 --reward-actions 1"
 USED = {"seed", "horizon", "channels", "kernel", "blocks", "patch", "episodes", "first_seed"}
 USED |= {f"{stage}_{name}" for stage in PARTS for name in ("steps", "batch", "lr", "warmup")}
 # lower than ractd.py's: actions are read off the change of a state in one step, which is small
@@ -331,8 +331,9 @@ def parse(argv=None):
     run = parse_planner(rest, DEFAULTS.split(), " ".join(unused), own)
     check(run)
     if run.horizon is None:
-        run.horizon = HORIZONS.get(str(run.env).split("-")[0], 16)
-    out, run.reward_actions = run.out, 1  # no R here that would need a longer horizon
+        name = str(run.env or run.data).lower()
+        run.horizon = next((H for task, H in HORIZONS.items() if task in name), 16)
+    out = run.out
     ractd.resolve(run)
     if out is None:  # not the folder of `ractd.py`
         run.out = run.out.with_name(f"{run.out.name}-trajectory-diffuser")
