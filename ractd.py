@@ -1101,7 +1101,7 @@ def load_or_train(run, stage, batches, meta, built_on, make=None):
     if stage in ("tilted", "student"):  # the others are trained apart
         recipe |= {name: weights_id(checkpoint) for name, checkpoint in built_on.items()}
     if path.exists():
-        saved = load_checkpoint(path, stage, run.device)
+        saved = {"plan": "actions"} | load_checkpoint(path, stage, run.device)
         check_compatible(path, saved | saved["recipe"], dict.fromkeys(saved["recipe"]) | recipe)
         if saved["step"] == saved["steps"]:
             print(f"{stage}: {path}, {saved['step']:,} steps in {saved['seconds']:.0f} s")
