@@ -98,7 +98,7 @@ class Config:
     reward_batch: int = option(256, REWARD, "rows per step, twice for V [64]", 1, 100_000)
     reward_lr: float = option(1e-3, REWARD, "peak learning rate of AdamW [2e-4]", 1e-9, 1)
     reward_warmup: int = option(20, REWARD, "steps of linear warm-up", 0)
-    tilted_steps: int = option(1000, "tilted distill", "steps; 0: Eq. 8, sigma 0.5 [0]", 0, 1e9)
+    tilted_steps: int = option(1000, "tilted distill", "steps; 0: Eq. 8 (lower sigma) [0]", 0, 1e9)
     student_steps: int = option(2000, STUDENT, "gradient steps [33_500]", 1, 1e9)
     student_batch: int = option(256, STUDENT, "plans per step [4800]", 1, 100_000)
     student_lr: float = option(5e-4, STUDENT, "peak learning rate of AdamW [1e-4]", 1e-9, 1)
@@ -890,7 +890,7 @@ class Policy(nn.Module):
         self.sigmas = karras_sigmas(config.grid_points if self.student else how.teacher_points)
         self.nfe, self.temperature, self.candidates = how.nfe, how.temperature, how.candidates
         self.calls = how.nfe if self.student else 2 * how.teacher_points - 3
-        self.level = functools.cache(functools.partial(precondition, self.net))  # made once
+        self.level = functools.cache(functools.partial(precondition, self.net))  # for all states
         with torch.no_grad():
             self(torch.zeros(1, dims[0], device=device), torch.zeros_like)
 

@@ -187,7 +187,8 @@ def compare(runs, slow, slow_episodes, skip=math.inf):
         line = f"{row['label']:44}{score:>18}{row['episodes']:10}{row['ms']:11.2f}"
         print(f"{line}{row['train_s']:12.0f}   {each}")
     print(f"All numbers: {path}")
-    draw([row for row in numbers if row["episodes"]], title, unit, path.with_suffix(".png"))
+    if scored := [row for row in numbers if row["episodes"]]:
+        draw(scored, title, unit, path.with_suffix(".png"))
 
 
 def draw(rows, title, unit, path):
