@@ -71,7 +71,8 @@ def baseline(run):
     path = run.out / f"baseline_{run.algorithm}.json"
     about = {"env": run.env, "dataset": meta, "algorithm": run.algorithm, "steps": run.steps}
     about |= {"seed": run.seed, "episodes": run.episodes, "first_seed": run.first_seed}
-    about |= {"train_s": seconds, "threads": torch.get_num_threads(), "score": mean, "sem": sem}
+    about |= {"train_s": seconds, "threads": torch.get_num_threads()}
+    about |= {"score_mean": mean, "score_sem": sem}
     write_json(path, {**about, **result})
     print(data_label(run.env, meta))
     print(f"{run.algorithm}, {run.steps:,} steps: {unit} {mean:.1f} +- {sem:.1f}, {seconds:.0f} s")

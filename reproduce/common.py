@@ -194,6 +194,27 @@ def points(env, returns, data=None):
     return *mean_and_error(results), unit
 
 
+def kept_score(path, about, run, act, data):
+    """The numbers of acting: of the file `path`, if it is about the same, or evaluated, and kept.
+
+    about: all that decides or describes them, "episodes" and "first_seed" too; act: as in
+    `ractd.evaluate`; data: what a checkpoint says of the data.
+    """
+    about = {"env": run.env, "dataset": data} | about
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if all(kept.get(name) == value for name, value in about.items()):
+        print(f"score from {path}")
+        return kept
+    print(f"evaluation: {about['episodes']} episodes", flush=True)
+    began, make_env = time.perf_counter(), ractd.simulator(run.env, data)
+    result = ractd.evaluate(act, make_env, about["episodes"], about["first_seed"])
+    mean, sem, unit = points(run.env, result["returns"], data)
+    result |= {"return_mean": float(np.mean(result["returns"])), "score_mean": mean}
+    result |= {"score_sem": sem, "unit": unit, "evaluation_s": time.perf_counter() - began}
+    write_json(path, about | result)
+    return about | result
+
+
 def data_label(env, dataset):
     """The title of a picture or table; dataset: what a checkpoint says of the data."""
     return f"{env} on\n{dataset['name']} ({dataset['source']})"

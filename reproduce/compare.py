@@ -13,7 +13,6 @@ action is scored by --slow-episodes, for more than --skip not at all.
 
 import copy
 import dataclasses
-import json
 import math
 import sys
 from pathlib import Path
@@ -30,8 +29,8 @@ from reproduce.common import (
     canvas,
     data_label,
     in_turns,
+    kept_score,
     make_parser,
-    points,
     run_command,
     save_picture,
     write_json,
@@ -137,23 +136,15 @@ def measure(row, run, meta, ms, episodes):
 
     episodes: 0 for no score.
     """
-    about = {"label": row.label, "calls": row.calls, "train_s": row.train_s, "ms": ms[0]}
-    about |= {"ms_iqr": ms[1], "episodes": episodes}
-    if not episodes:
-        return about
-    first = run.config.first_seed
-    asked = {"weights": row.weights, "calls": row.calls, "how": row.how}
-    asked |= {"episodes": episodes, "first_seed": first}
-    path = run.out / f"compare_{row.label.replace(', ', '_').replace(' ', '_')}.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    if kept.get("asked") != asked:
-        print(f"\n== {row.label}: {episodes} episodes", flush=True)
-        make_env = ractd.simulator(run.env, meta["dataset"])
-        result = ractd.evaluate(row.act, make_env, episodes, first)
-        mean, sem, unit = points(run.env, result["returns"], meta["dataset"])
-        kept = {"asked": asked, "score": mean, "sem": sem, "unit": unit, **result}
-        write_json(path, kept)
-    return about | kept
+    about = {"label": row.label, "calls": row.calls, "train_s": row.train_s}
+    about |= {"episodes": episodes, "first_seed": run.config.first_seed}
+    about |= {"weights": row.weights, "how": row.how}
+    if episodes:
+        name = row.label.replace(", ", "_").replace(" ", "_")
+        print(f"\n== {row.label}", flush=True)
+        path = run.out / f"compare_{name}.json"
+        about = kept_score(path, about, run, row.act, meta["dataset"])
+    return about | {"ms": ms[0], "ms_iqr": ms[1]}
 
 
 def compare(runs, slow, slow_episodes, skip=math.inf):
@@ -182,7 +173,7 @@ def compare(runs, slow, slow_episodes, skip=math.inf):
     unit = numbers[0].get("unit", "score")
     print(f"\n{title}\n{'':44}{unit:>18}  episodes  ms/action  training s   calls per action")
     for row in numbers:
-        score = f"{row['score']:.1f} +- {row['sem']:.1f}" if row["episodes"] else "-"
+        score = f"{row['score_mean']:.1f} +- {row['score_sem']:.1f}" if row["episodes"] else "-"
         each = ", ".join(f"{n} {name}" for name, n in row["calls"].items() if n)
         line = f"{row['label']:44}{score:>18}{row['episodes']:10}{row['ms']:11.2f}"
         print(f"{line}{row['train_s']:12.0f}   {each}")
@@ -197,8 +188,8 @@ def draw(rows, title, unit, path):
     for row in rows:
         family, _, variant = row["label"].partition(", ")
         new = family not in axis.get_legend_handles_labels()[1]
-        at, label = (row["ms"], row["score"]), family if new else None
-        axis.errorbar(*at, row["sem"], fmt="o", capsize=3, color=COLORS[family], label=label)
+        at, label = (row["ms"], row["score_mean"]), family if new else None
+        axis.errorbar(*at, row["score_sem"], fmt="o", capsize=3, color=COLORS[family], label=label)
         axis.annotate(variant, at, (4, 4), textcoords="offset points", fontsize=7)
     axis.margins(0.2, 0.12)
     axis.set(xscale="log", xlabel="ms per action, one at a time", ylabel=unit)

@@ -7,7 +7,7 @@ pinned. A value model, trained on noisy plans, guides the sampling: 20 ancestral
 two gradient steps on the value, for all candidates; the first action of the one with the best value
 is carried out, and the rest thrown away. Trains what is missing in <out> (default:
 runs/<env>-diffuser), teacher.pt, the denoiser, and reward.pt, the value; scores it and writes
-<out>/diffuser.json. The value is scaled to [-1, 1], so that --scale is in other units than the
+a file of its numbers. The value is scaled to [-1, 1], so that --scale is in other units than the
 published 0.1; 0.5 was chosen on Hopper. Flags of `python ractd.py distill` that mean something here
 are taken too, with these defaults:
 """
@@ -17,7 +17,6 @@ import functools
 import itertools
 import math
 import sys
-import time
 
 import numpy as np
 import torch
@@ -26,11 +25,10 @@ import ractd
 from reproduce.common import (
     Experiment,
     data_label,
+    kept_score,
     make_parser,
     parse_planner,
-    points,
     run_command,
-    write_json,
 )
 
 # gamma as published, H 32 but 4 for halfcheetah; the rest at the size of ractd.py's default
@@ -204,26 +202,23 @@ def train(run):
 
 
 def diffuser(run):
-    """Train what is missing, score, write diffuser.json, print the row."""
+    """Train what is missing, score, write the numbers, print the row."""
     config, (denoiser, value) = run.config, train(run)
     planner, data = Planner(denoiser, value, run), denoiser["dataset"]
-    print(f"evaluation: {config.episodes} episodes, {config.candidates} candidates", flush=True)
-    began = time.perf_counter()
-    make_env = ractd.simulator(run.env, data)
-    result = ractd.evaluate(planner.act, make_env, config.episodes, config.first_seed)
-    mean, sem, unit = points(run.env, result["returns"], data)
-    about = {"env": run.env, "dataset": data, "method": "Diffuser", "seed": config.seed}
+    about = {"method": "Diffuser", "seed": config.seed, "calls": planner.calls}
+    about |= {"gradients": planner.gradients, "train_s": denoiser["seconds"] + value["seconds"]}
     about |= {"weights": [ractd.weights_id(denoiser), ractd.weights_id(value)]}
     about |= {name: getattr(run, name) for name in ("scale", "guides", "stop")}
     how = ("candidates", "episodes", "first_seed", "temperature")
     about |= {name: getattr(config, name) for name in how}
-    about |= {"calls": planner.calls, "gradients": planner.gradients, "unit": unit}
-    about |= {"train_s": denoiser["seconds"] + value["seconds"], "score": mean, "sem": sem}
-    path = run.out / "diffuser.json"
-    write_json(path, about | {"evaluation_s": time.perf_counter() - began} | result)
+    name = "N{candidates}_scale{scale:g}_guides{guides}_stop{stop}_T{temperature:g}".format(**about)
+    seeds = f"{config.first_seed}-{config.first_seed + config.episodes - 1}"
+    path = run.out / f"score_diffuser_{name}_seeds{seeds}.json"
+    result = kept_score(path, about, run, planner.act, data)
     print(data_label(run.env, data))
     calls = f"{planner.calls} denoiser and {planner.gradients} value-gradient calls per action"
-    print(f"Diffuser, {calls}, best of {config.candidates}: {unit} {mean:.1f} +- {sem:.1f}")
+    score = f"{result['unit']} {result['score_mean']:.1f} +- {result['score_sem']:.1f}"
+    print(f"Diffuser, {calls}, best of {config.candidates}: {score}")
     print(f"All numbers: {path}")
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,23 +145,25 @@ def test_the_value_is_trained_at_every_level_where_it_is_asked():
 def test_end_to_end_trains_once_and_writes_every_number(log, capsys, monkeypatch):
     command = [f"--env={ENV}", *TINY]
     assert diffuser.main(command) == 0
-    path = f"runs/{ENV}-diffuser/diffuser.json"
-    with open(path) as f:
-        result = json.load(f)
+    folder = Path(f"runs/{ENV}-diffuser")
+    (path,) = folder.glob("score_diffuser_N2_scale0.5_guides1_stop15_*_seeds0-1.json")
+    result = json.loads(path.read_text())
     assert len(result["returns"]) == 2 and (result["calls"], result["gradients"]) == (20, 5)
     assert result["train_s"] > 0 and result["candidates"] == 2
     capsys.readouterr()
     assert diffuser.main(command) == 0
-    assert "steps/s" not in capsys.readouterr().out
-    with open(path) as f:
-        assert json.load(f)["returns"] == result["returns"]
+    text = capsys.readouterr().out
+    assert "steps/s" not in text and "evaluation" not in text and f"score from {path}" in text
+    path.unlink()
+    assert diffuser.main(command) == 0
+    assert json.loads(path.read_text())["returns"] == result["returns"]
     assert diffuser.main([*command, "--gamma=0.9"]) == 2
     assert "gamma: 0.997 in the file, 0.9 asked" in capsys.readouterr().err
     best = diffuser.Value.forward
     monkeypatch.setattr(diffuser.Value, "forward", lambda *inputs: -best(*inputs))
+    path.unlink()
     assert diffuser.main(command) == 0  # the worst candidate, guided downwards
-    with open(path) as f:
-        assert json.load(f)["returns"] != result["returns"]
+    assert json.loads(path.read_text())["returns"] != result["returns"]
 
 
 def test_other_plans_and_other_tasks_are_refused_before_training(log, capsys):

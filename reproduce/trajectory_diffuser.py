@@ -23,7 +23,6 @@ What is finished is not repeated. The width of the draft is the last of --channe
 import copy
 import dataclasses
 import functools
-import json
 import math
 import sys
 
@@ -34,9 +33,9 @@ from torch import nn
 import ractd
 from reproduce.common import (
     data_label,
+    kept_score,
     make_parser,
     parse_planner,
-    points,
     run_command,
     write_json,
 )
@@ -257,28 +256,18 @@ def result_path(run, sigma):
 
 
 def score(run, models, meta, target, sigma):
-    """The metrics of acting with a noise level: from their file, or evaluated now and written."""
-    config, path = run.config, result_path(run, sigma)
-    weights = {PARTS[stage]: ractd.weights_id(model) for stage, model in models.items()}
-    if path.exists() and (metrics := json.loads(path.read_text()))["weights"] == weights:
-        print(f"sigma {sigma:g}: score from {path}")
-        return metrics
-    print(f"sigma {sigma:g}: evaluation, {config.episodes} episodes", flush=True)
+    """The numbers of acting with a noise level, kept in its file."""
     act = Planner(models, target, sigma, run.points, not run.no_noise, run.device)
-    make_env = ractd.simulator(run.env, meta["dataset"])
-    result = ractd.evaluate(act, make_env, config.episodes, config.first_seed)
-    mean, sem, unit = points(run.env, result["returns"], meta["dataset"])
-    metrics = {"env": run.env, "dataset": meta["dataset"], "method": "Trajectory Diffuser"}
-    metrics |= {"weights": weights, "sigma": sigma, "noise": not run.no_noise}
-    metrics |= {"mask": not run.no_mask, "points": run.points}
-    metrics |= {"target_quantile": run.target_quantile}
-    metrics |= {"draft_calls": act.draft_calls, "denoiser_calls": act.denoiser_calls}
-    metrics |= {"train_s": {PARTS[stage]: model["seconds"] for stage, model in models.items()}}
-    metrics |= {"seed": config.seed, "episodes": config.episodes, "first_seed": config.first_seed}
-    metrics |= {"return_mean": float(np.mean(result["returns"])), **result}
-    metrics |= {"score_mean": mean, "score_sem": sem, "unit": unit}
-    write_json(path, metrics)
-    return metrics
+    about = {"method": "Trajectory Diffuser", "sigma": sigma, "noise": not run.no_noise}
+    about |= {"mask": not run.no_mask, "points": run.points, "seed": run.config.seed}
+    about |= {"target_quantile": run.target_quantile}
+    about |= {"draft_calls": act.draft_calls, "denoiser_calls": act.denoiser_calls}
+    about |= {"episodes": run.config.episodes, "first_seed": run.config.first_seed}
+    of_parts = [(PARTS[stage], model) for stage, model in models.items()]
+    about |= {"weights": {part: ractd.weights_id(model) for part, model in of_parts}}
+    about |= {"train_s": {part: model["seconds"] for part, model in of_parts}}
+    print(f"sigma {sigma:g}:")
+    return kept_score(result_path(run, sigma), about, run, act, meta["dataset"])
 
 
 def trajectory_diffuser(run):
