@@ -42,7 +42,7 @@ from reproduce.pointmaze import DataController, OpenLoop
 # the small preset; H as in the paper
 PRESET = """--channels 32 64 128 --kernel 5 --patch 8 --teacher-batch 128 --student-batch 32
 --path-batch 128 --teacher-steps 6000 --reward-steps 2000 --student-steps 1500 --tilted-steps 0
---dsm-weight 0.1 --temperature 0.05 --episodes 100"""
+--student-lr 0.002 --dsm-weight 0.1 --temperature 0.01 --episodes 100"""
 UNUSED = "env reward_target reward_actions reward_networks candidates distance tilted_steps"
 FLAGS = {  # of each maze; sigma smaller for the largest, as in the paper
     "umaze": "--horizon 128 --reward-weight 1",
