@@ -163,12 +163,15 @@ def plan_return(reward_model, state, plan):
 def teacher_paths(teacher, batches, temperature, batch=256):
     """PATHS whole paths of the teacher: conditions (N, 6), starts at T and ends (N, H, 4) each.
 
-    `ractd.path_loss` solves new ones in every step; a long plan needs larger batches than that
-    leaves time for, and they are drawn from these again and again.
+    Half of them to goals of other windows: a task's starts and goals may lie farther apart than
+    those of any window, and there a student does what it was not taught. `ractd.path_loss` solves
+    new paths in every step; a long plan needs larger batches than that leaves time for, and they
+    are drawn from these again and again.
     """
 
     def solve():
         state, x0 = batches.windows(batch)
+        state[: batch // 2, 4:] = state[-(batch // 2) :, 4:]  # goals of other windows
         x_T = teacher.pin(temperature * ractd.SIGMA_MAX * torch.randn_like(x0), state)
         denoiser = lambda x, t: ractd.denoise(teacher, x, t, state)
         return state, x_T, ractd.heun_sample(denoiser, x_T, ractd.karras_sigmas(7))
