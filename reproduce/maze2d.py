@@ -61,7 +61,6 @@ ROWS = (  # label, who acts, changes of Config
     ("teacher, 80 points", "teacher", {"teacher_points": 80}),
     ("CTD", "student", {"reward_weight": 0.0}),
     ("RACTD", "student", {}),
-    ("RACTD, best of 16", "student", {"candidates": 16}),
 )
 
 
@@ -132,13 +131,6 @@ def make_unet(config, dims, student=False):
     net = ractd.make_unet(config, dims, student)
     net.pinned = PINNED
     return net
-
-
-def make_reward_model(checkpoint):
-    """R of a loaded reward.pt, frozen: (N, 6), a state and a goal, -> (N,)."""
-    R = ractd.mlp(6, 128)
-    R.load_state_dict(checkpoint["ema"])
-    return R.eval().requires_grad_(False)
 
 
 def plan_distance(a, b, c=0.1):
@@ -221,7 +213,8 @@ def maze_loss(stage, config, batches, dims, built_on):
         return teacher, teacher_loss
     teacher.load_state_dict(built_on["teacher"]["ema"])
     if config.reward_weight:
-        R = make_reward_model(built_on["reward"]).to(device)
+        R = ractd.mlp(6, 128).to(device).eval().requires_grad_(False)
+        R.load_state_dict(built_on["reward"]["ema"])
         reward = lambda state, plan: plan_return(R, state, plan)
     student = make_unet(config, dims, student=True).to(device)
     ractd.warm_start(student, teacher.eval().requires_grad_(False))
@@ -233,18 +226,14 @@ def maze_loss(stage, config, batches, dims, built_on):
 class Planner(ractd.Policy):
     """A loaded teacher or student, acting: observations (B, 6) -> plans of states (B, H, 4), raw.
 
-    how: Config, as for `ractd.Policy`; reward: reward.pt, loaded, for more than one candidate.
+    how: Config, as for `ractd.Policy`.
     """
 
-    def __init__(self, checkpoint, how, device, reward=None):
+    def __init__(self, checkpoint, how, device):
         states = checkpoint["normalizer"]["obs"]
         tables = {"obs": torch.cat([states, states[:, :2]], dim=1), "action": states}
-        one = dataclasses.replace(how, candidates=1)  # there is no R of actions to be loaded
-        super().__init__(checkpoint | {"normalizer": tables}, one, device)
-        self.net.pinned, self.candidates = PINNED, how.candidates
-        if reward:
-            R = make_reward_model(reward).to(device)
-            self.reward_model = lambda state, plan: plan_return(R, state, plan)
+        super().__init__(checkpoint | {"normalizer": tables}, how, device)
+        self.net.pinned = PINNED
 
 
 def paired_gain(rows, maze):
@@ -299,8 +288,7 @@ def maze2d(run):
     for label, actor, changes in ROWS:
         model = experiment.student(changes) if actor == "student" else experiment.model(actor)
         how = dataclasses.replace(config, **changes)
-        reward = experiment.model("reward") if how.candidates > 1 else None
-        planners[label] = Planner(model, how, run.device, reward)
+        planners[label] = Planner(model, how, run.device)
         asked = about | acting | {"weights": ractd.weights_id(model)}
         rows.append(measure(run, label, planners[label], asked) | {"own_train_s": model["seconds"]})
     example = np.concatenate([maze.center(maze.cells[0]), np.zeros(2), maze.fixed_goal])[None]

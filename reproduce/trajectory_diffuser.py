@@ -17,11 +17,11 @@ the data's, always the same, as the return is discounted. (Released: undiscounte
 earned is taken off.) Unlike the released code, the draft is trained without a look at what it is to
 predict (--no-mask: as released), and before it is refined noise is added to it, as a denoiser has
 seen nothing else (--no-noise: as released, there at a level of about 0.04 in units of this one).
-What is finished is not repeated. The width of the draft is the last of --channels.
+What is finished is not repeated. The width of the draft is the last of --channels. Flags of `python
+ractd.py distill` that mean something here are taken too, with these defaults:
 """
 
 import copy
-import dataclasses
 import functools
 import math
 import sys
@@ -44,8 +44,9 @@ PARTS = {"teacher": "refinement", "reward": "inverse dynamics", "student": "draf
 SWEEP = (0.0, 0.04, 0.1, 0.25, 0.5, 1.0, ractd.SIGMA_MAX)
 HORIZONS = {"halfcheetah": 8, "hopper": 16, "walker2d": 32}  # as released; other tasks: 16
 DEFAULTS = "--student-steps 5000 --student-batch 64 --reward-steps 10000 --reward-actions 1"
-USED = {"seed", "horizon", "channels", "kernel", "blocks", "patch", "episodes", "first_seed"}
-USED |= {f"{stage}_{name}" for stage in PARTS for name in ("steps", "batch", "lr", "warmup")}
+UNUSED = """distance reward_target reward_actions reward_networks gamma tilted_steps grid_points
+target_decay path_batch ctm_weight dsm_weight reward_weight dsm_target nfe teacher_points
+temperature candidates"""  # fields of Config
 # lower than ractd.py's: actions are read off the change of a state in one step, which is small
 SMIN = 0.002
 
@@ -301,7 +302,9 @@ def check(run):
 
 def parse(argv=None):
     """The run that a command line describes, checked."""
-    parser = make_parser("trajectory_diffuser", f"{__doc__}\nDefaults: {DEFAULTS}")
+    parser = make_parser(
+        "trajectory_diffuser", f"{__doc__}{DEFAULTS}\n--horizon 16 (halfcheetah: 8, walker2d: 32)"
+    )
     add, level = parser.add_argument, parser.add_mutually_exclusive_group()
     text = "noise level that the draft is refined from; 0: not at all (default: 0.04)"
     level.add_argument("--sigma", type=float, default=0.04, help=text)
@@ -311,13 +314,8 @@ def parse(argv=None):
     add("--no-mask", action="store_true", help="draft without causal mask, as released")
     text = "the return-to-go to ask for, as a quantile of the data's (default: 0.98)"
     add("--target-quantile", type=float, default=0.98, help=text)
-
-    flags = ("data", "out", "device", *sorted(USED))
-    listed = ", ".join("--" + name.replace("_", "-") for name in flags)
-    parser.epilog = f"Of the flags of `python ractd.py distill` it takes --env, {listed}."
     own, rest = parser.parse_known_args(argv)
-    unused = [field.name for field in dataclasses.fields(ractd.Config) if field.name not in USED]
-    run = parse_planner(rest, DEFAULTS.split(), " ".join(unused), own)
+    run = parse_planner(rest, DEFAULTS.split(), UNUSED, own)
     check(run)
     if run.horizon is None:
         name = str(run.env or run.data).lower()
