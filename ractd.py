@@ -249,9 +249,9 @@ def read_minari(dataset_id):
         episodes = list(minari.load_dataset(dataset_id, download=missing).iterate_episodes())
         # an episode has one observation more than actions: the last one, on which nobody acted
         rows = [np.concatenate([flat(getattr(e, key))[: len(e)] for e in episodes]) for key in keys]
-    except (ImportError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except Exception as error:  # whatever a network library raises, too
         hint = "Box spaces? network? pip install 'minari[hf,gcs]'?"
-        raise UserError(f"minari:{dataset_id} cannot be read ({error}); {hint}") from None
+        raise UserError(f"minari:{dataset_id} cannot be read ({error}); {hint}") from error
     rows[4][np.cumsum([len(e) for e in episodes]) - 1] = True  # also where it was cut off
     return Dataset(dataset_id, "minari", rows)
 

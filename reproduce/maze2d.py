@@ -47,7 +47,7 @@ UNUSED = "env reward_target reward_actions reward_networks candidates distance t
 FLAGS = {  # of each maze; sigma smaller for the largest, as in the paper
     "umaze": "--horizon 128 --reward-weight 1",
     "medium": "--horizon 256 --reward-weight 1",
-    "large": "--horizon 384 --reward-weight 0.3 --student-steps 3000",
+    "large": "--horizon 384 --reward-weight 0.3 --reward-steps 10000 --student-steps 3000",
 }
 PATHS = 32_768  # of the teacher
 LEAP = 0.25  # of a cell: a step so long is no noise; the simulator's longest one is 0.05

@@ -288,9 +288,9 @@ def read_trajectories(dataset_id):
         missing = dataset_id not in minari.list_local_datasets()
         dataset = minari.load_dataset(dataset_id, download=missing)
         observations = [episode.observations for episode in dataset.iterate_episodes()]
-    except (ImportError, OSError, ValueError, TypeError, LookupError) as error:
+    except Exception as error:  # whatever a network library raises, too
         hint = "network? pip install 'minari[hf,gcs]'?"
-        raise UserError(f"minari:{dataset_id} cannot be read ({error}); {hint}") from None
+        raise UserError(f"minari:{dataset_id} cannot be read ({error}); {hint}") from error
     space = dataset.observation_space
     shapes = {key: box.shape for key, box in space.items()} if isinstance(space, Dict) else {}
     if shapes.get("observation") != (4,) or shapes.get("desired_goal") != (2,):

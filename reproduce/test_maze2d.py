@@ -334,7 +334,7 @@ def test_end_to_end_trains_once_and_leaves_every_number_and_picture(capsys):
         for task in ("single", "multi"):
             assert len(row[task]["returns"]) == 3 and 0 <= row[task]["reached"] <= 1
     assert result["rows"][0]["single"]["reached"] == 1
-    assert [row["calls"] for row in result["rows"]] == [0, 37, 157, 1, 1, 1]
+    assert [row["calls"] for row in result["rows"]] == [0, 37, 157, 1, 1]
     for row in result["rows"][1:]:
         plans, driven = np.array(row["plans"]), np.array(row["driven"])
         assert plans.shape == (3, 32, 2) and driven.shape == (3, 300, 2) and row["ms"] > 0
