@@ -346,7 +346,7 @@ def test_end_to_end_trains_once_and_leaves_every_number_and_picture(capsys):
             assert f.read(4) == head
     assert maze2d.main(command) == 0
     text = capsys.readouterr().out
-    assert "steps/s" not in text and text.count("numbers from") == 6
+    assert "steps/s" not in text and text.count("numbers from") == 5
     with open("run/maze2d.json") as f:
         assert [row["single"] for row in json.load(f)["rows"]] == [
             row["single"] for row in result["rows"]
