@@ -251,7 +251,7 @@ def read_minari(dataset_id):
         rows = [np.concatenate([flat(getattr(e, key))[: len(e)] for e in episodes]) for key in keys]
     except Exception as error:  # whatever a network library raises, too
         hint = "Box spaces? network? pip install 'minari[hf,gcs]'?"
-        raise UserError(f"minari:{dataset_id} cannot be read ({error}); {hint}") from error
+        raise UserError(f"minari:{dataset_id} cannot be read ({error!r}); {hint}") from error
     rows[4][np.cumsum([len(e) for e in episodes]) - 1] = True  # also where it was cut off
     return Dataset(dataset_id, "minari", rows)
 

@@ -1694,13 +1694,15 @@ def test_a_task_whose_actions_are_no_vector_is_refused(tmp_path, capsys):
     refused(capsys, code, "[4, 1] observations and actions, CartPole-v1 [4, 0]")
 
 
-def test_a_missing_or_damaged_file_is_refused(tmp_path, capsys):
+def test_a_missing_or_damaged_file_is_refused(tmp_path, capsys, monkeypatch):
     path, whole = tmp_path / "bad.hdf5", Path(write(tmp_path / "good.hdf5", logged())).read_bytes()
     refused(capsys, cli("data", f"--data={path}"), str(path))
     for content in (b"no HDF5", whole[: len(whole) // 2]):
         path.write_bytes(content)
         refused(capsys, cli("data", f"--data={path}"), str(path))
     refused(capsys, cli("data", "--data=minari:no/such-v0"), "no/such-v0")
+    monkeypatch.setattr(minari, "load_dataset", lambda *_, **__: 1 / 0)  # as a network may fail
+    refused(capsys, cli("data", "--data=minari:no/such-v0"), "no/such-v0", "ZeroDivision")
 
 
 def test_an_unknown_env_is_answered_with_the_names(tmp_path, capsys):

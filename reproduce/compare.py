@@ -132,7 +132,7 @@ def trajectory_diffuser_rows(run):
 
 
 def measure(row, run, meta, ms, episodes):
-    """The row's numbers, its score from <out>/compare_<label>.json or evaluated and kept there.
+    """The row's numbers, its score from <out>/compare_<label>_<seeds>.json or evaluated and kept there.
 
     episodes: 0 for no score.
     """
@@ -142,7 +142,8 @@ def measure(row, run, meta, ms, episodes):
     if episodes:
         name = row.label.replace(", ", "_").replace(" ", "_")
         print(f"\n== {row.label}", flush=True)
-        path = run.out / f"compare_{name}.json"
+        last = run.config.first_seed + episodes - 1
+        path = run.out / f"compare_{name}_seeds{run.config.first_seed}-{last}.json"
         about = kept_score(path, about, run, row.act, meta["dataset"])
     return about | {"ms": ms[0], "ms_iqr": ms[1]}
 

@@ -6,10 +6,10 @@ What RACTD's paper argues against. A plan is H actions and states side by side, 
 pinned. A value model, trained on noisy plans, guides the sampling: 20 ancestral steps, each after
 two gradient steps on the value, for all candidates; the first action of the one with the best value
 is carried out, and the rest thrown away. Trains what is missing in <out> (default:
-runs/<env>-diffuser), teacher.pt, the denoiser, and reward.pt, the value; scores it and writes
-a file of its numbers. The value is scaled to [-1, 1], so that --scale is in other units than the
-published 0.1; 0.5 was chosen on Hopper. Flags of `python ractd.py distill` that mean something here
-are taken too, with these defaults:
+runs/<env>-diffuser), teacher.pt, the denoiser, and reward.pt, the value; keeps its score in
+<out>/score_diffuser_*.json. The value is scaled to [-1, 1], so that --scale is in other units than
+the published 0.1; 0.5 was chosen on Hopper. Flags of `python ractd.py distill` that mean something
+here are taken too, with these defaults:
 """
 
 import copy

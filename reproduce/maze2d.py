@@ -11,9 +11,10 @@ the paper has the sum, H times that. A PD rule drives from the true state to the
 after the plan its end is held. Data that are not there are made first by D4RL's recipe. Trained
 models and rows of numbers are kept in <out>, and not made again.
 
-Training differs from `python ractd.py distill` in two more points: the teacher's whole paths are
-solved once, before a student's training, and Eq. 5's distance is one that plans of many states need
-(`plan_distance`). Those of its flags that mean something here are taken, with these defaults:
+Training differs from `python ractd.py distill` in three more points: the teacher's whole paths are
+solved once, before a student's training; half of them lead to goals of other windows; and Eq. 5's
+distance is one that plans of many states need (`plan_distance`). Those of its flags that mean
+something here are taken, with these defaults:
 """
 
 import dataclasses
@@ -259,9 +260,10 @@ def drive(act, run, random_goals):
 def measure(run, label, planner, asked):
     """One row: both tasks, faults of the single-task plans; asked: what makes it this row.
 
-    It is kept in <out>/maze2d_<label>.json, and not made again while `asked` is the same.
+    It is kept in <out>, in a file named after label and `asked`, and not made again.
     """
-    path = run.out / f"maze2d_{label.replace(', ', '_').replace(' ', '_')}.json"
+    how = "_".join(f"{name}-{value}" for name, value in asked.items() if name != "maze")
+    path = run.out / f"maze2d_{label.replace(', ', '_').replace(' ', '_')}_{how}.json"
     if path.exists() and (row := json.loads(path.read_text())).get("asked") == asked:
         print(f"{label}: numbers from {path}")
         return row

@@ -10,6 +10,7 @@ import shutil
 import time
 import warnings
 from collections import deque
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -33,10 +34,12 @@ def make_simulator(name):
         import gymnasium_robotics
 
         gymnasium.register_envs(gymnasium_robotics)
-        return gymnasium.make(MAZES[name][0], continuing_task=True, reset_target=False)
+        env = gymnasium.make(MAZES[name][0], continuing_task=True, reset_target=False)
     except (ImportError, gymnasium.error.Error) as error:
         command = "pip install gymnasium-robotics==1.4.2 mujoco==3.8.0"
         raise UserError(f"the mazes cannot be simulated ({error}): {command}") from None
+    Path(env.unwrapped.tmp_xml_file_path).unlink(missing_ok=True)  # the library leaves it for ever
+    return env
 
 
 class Maze:
@@ -290,7 +293,7 @@ def read_trajectories(dataset_id):
         observations = [episode.observations for episode in dataset.iterate_episodes()]
     except Exception as error:  # whatever a network library raises, too
         hint = "network? pip install 'minari[hf,gcs]'?"
-        raise UserError(f"minari:{dataset_id} cannot be read ({error}); {hint}") from error
+        raise UserError(f"minari:{dataset_id} cannot be read ({error!r}); {hint}") from error
     space = dataset.observation_space
     shapes = {key: box.shape for key, box in space.items()} if isinstance(space, Dict) else {}
     if shapes.get("observation") != (4,) or shapes.get("desired_goal") != (2,):

@@ -154,7 +154,7 @@ def test_end_to_end_trains_once_and_writes_every_number(log, capsys, monkeypatch
     assert diffuser.main(command) == 0
     text = capsys.readouterr().out
     assert "steps/s" not in text and "evaluation" not in text and f"score from {path}" in text
-    path.unlink()
+    path.write_text(json.dumps(result | {"weights": ["others"], "returns": []}))
     assert diffuser.main(command) == 0
     assert json.loads(path.read_text())["returns"] == result["returns"]
     assert diffuser.main([*command, "--gamma=0.9"]) == 2

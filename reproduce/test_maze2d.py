@@ -443,6 +443,9 @@ def test_bad_input_gets_a_sentence(capsys, monkeypatch):
     refused(capsys, maze2d.main([*drive, "--data=minari:maze/box-v0"]), "no goals in a plane")
     for name in ("maze/none-v0", "maze/none", "none"):
         refused(capsys, maze2d.main([*drive, f"--data=minari:{name}"]), "cannot be read")
+    with monkeypatch.context() as patch:  # as a network library may fail
+        patch.setattr(minari, "load_dataset", lambda *_, **__: 1 / 0)
+        refused(capsys, maze2d.main([*drive, "--data=minari:a/b-v0"]), "cannot be read", "ZeroDiv")
     refused(capsys, maze2d.main([*drive, "--data=a.hdf5"]), "minari:ID")
     outside = walk + [9, 0, 0, 0]
     make_set("maze/outside-v0", [np.float32(outside)])

@@ -45,8 +45,8 @@ SWEEP = (0.0, 0.04, 0.1, 0.25, 0.5, 1.0, ractd.SIGMA_MAX)
 HORIZONS = {"halfcheetah": 8, "hopper": 16, "walker2d": 32}  # as released; other tasks: 16
 DEFAULTS = "--student-steps 5000 --student-batch 64 --reward-steps 10000 --reward-actions 1"
 UNUSED = """distance reward_target reward_actions reward_networks gamma tilted_steps grid_points
-target_decay path_batch ctm_weight dsm_weight reward_weight dsm_target nfe teacher_points
-temperature candidates"""  # fields of Config
+target_decay path_batch ctm_weight dsm_weight reward_weight dsm_target nfe temperature
+candidates"""  # fields of Config
 # lower than ractd.py's: actions are read off the change of a state in one step, which is small
 SMIN = 0.002
 
