@@ -132,7 +132,7 @@ def trajectory_diffuser_rows(run):
 
 
 def measure(row, run, meta, ms, episodes):
-    """The row's numbers, its score from <out>/compare_<label>_<seeds>.json or evaluated and kept there.
+    """The row's numbers, its score kept in <out>/compare_<label>_<seeds>.json.
 
     episodes: 0 for no score.
     """

@@ -156,10 +156,9 @@ def plan_return(reward_model, state, plan):
 def teacher_paths(teacher, batches, temperature, batch=256):
     """PATHS whole paths of the teacher: conditions (N, 6), starts at T and ends (N, H, 4) each.
 
-    Half of them to goals of other windows: a task's starts and goals may lie farther apart than
-    those of any window, and there a student does what it was not taught. `ractd.path_loss` solves
-    new paths in every step; a long plan needs larger batches than that leaves time for, and they
-    are drawn from these again and again.
+    Half of them lead to goals of other windows, as a task's starts and goals may lie farther apart
+    than those of any window. `ractd.path_loss` solves new paths in every step; a long plan needs
+    larger batches than that leaves time for, and they are drawn from these again and again.
     """
 
     def solve():
