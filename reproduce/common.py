@@ -194,18 +194,20 @@ def points(env, returns, data=None):
     return *mean_and_error(results), unit
 
 
-def kept_score(path, about, run, act, data):
-    """The numbers of acting: of the file `path`, if it is about the same, or evaluated, and kept.
+def kept_score(name, about, run, act, data):
+    """The numbers of acting: those kept in <out>/<name>_seeds<a>-<b>.json, or evaluated, and kept.
 
-    about: all that decides or describes them, "episodes" and "first_seed" too; act: as in
-    `ractd.evaluate`; data: what a checkpoint says of the data.
+    about: all that decides or describes them, "episodes" and "first_seed" too; what is kept about
+    anything else but "train_s" is made anew; act: as in `ractd.evaluate`; data: what a checkpoint
+    says of the data.
     """
-    about = {"env": run.env, "dataset": data} | about
+    about, first = {"env": run.env, "dataset": data} | about, about["first_seed"]
+    path = run.out / f"{name}_seeds{first}-{first + about['episodes'] - 1}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
-    if all(kept.get(name) == value for name, value in about.items()):
+    if all(kept.get(key) == value for key, value in about.items() if key != "train_s"):
         print(f"score from {path}")
-        return kept
-    print(f"evaluation: {about['episodes']} episodes", flush=True)
+        return kept | about
+    print(f"evaluation: {about['episodes']} episodes, {path}", flush=True)
     began, make_env = time.perf_counter(), ractd.simulator(run.env, data)
     result = ractd.evaluate(act, make_env, about["episodes"], about["first_seed"])
     mean, sem, unit = points(run.env, result["returns"], data)

@@ -114,10 +114,11 @@ def trajectory_diffuser_rows(run):
     batches, meta = ractd.load_data(run)
     models = trajectory_diffuser.train(run, batches, meta)
     target = float(np.quantile(batches.returns_to_go.cpu().numpy(), run.target_quantile))
+    (small,) = run.sigma
     parts = {
         "draft alone": (0.0, True, ("student", "reward")),
-        "refined": (run.sigma, True, ("student", "teacher", "reward")),
-        "refined without noise": (run.sigma, False, ("student", "teacher", "reward")),
+        "refined": (small, True, ("student", "teacher", "reward")),
+        "refined without noise": (small, False, ("student", "teacher", "reward")),
         "pure noise": (ractd.SIGMA_MAX, True, ("teacher", "reward")),
     }
     for name, (sigma, noisy, used) in parts.items():
@@ -132,19 +133,14 @@ def trajectory_diffuser_rows(run):
 
 
 def measure(row, run, meta, ms, episodes):
-    """The row's numbers, its score kept in <out>/compare_<label>_<seeds>.json.
-
-    episodes: 0 for no score.
-    """
+    """The row's numbers, its score kept in <out>/compare_<label>_*.json; 0 episodes: no score."""
     about = {"label": row.label, "calls": row.calls, "train_s": row.train_s}
     about |= {"episodes": episodes, "first_seed": run.config.first_seed}
     about |= {"weights": row.weights, "how": row.how}
     if episodes:
         name = row.label.replace(", ", "_").replace(" ", "_")
         print(f"\n== {row.label}", flush=True)
-        last = run.config.first_seed + episodes - 1
-        path = run.out / f"compare_{name}_seeds{run.config.first_seed}-{last}.json"
-        about = kept_score(path, about, run, row.act, meta["dataset"])
+        about = kept_score(f"compare_{name}", about, run, row.act, meta["dataset"])
     return about | {"ms": ms[0], "ms_iqr": ms[1]}
 
 

@@ -212,14 +212,11 @@ def diffuser(run):
     how = ("candidates", "episodes", "first_seed", "temperature")
     about |= {name: getattr(config, name) for name in how}
     name = "N{candidates}_scale{scale:g}_guides{guides}_stop{stop}_T{temperature:g}".format(**about)
-    seeds = f"{config.first_seed}-{config.first_seed + config.episodes - 1}"
-    path = run.out / f"score_diffuser_{name}_seeds{seeds}.json"
-    result = kept_score(path, about, run, planner.act, data)
+    result = kept_score(f"score_diffuser_{name}", about, run, planner.act, data)
     print(data_label(run.env, data))
     calls = f"{planner.calls} denoiser and {planner.gradients} value-gradient calls per action"
     score = f"{result['unit']} {result['score_mean']:.1f} +- {result['score_sem']:.1f}"
     print(f"Diffuser, {calls}, best of {config.candidates}: {score}")
-    print(f"All numbers: {path}")
 
 
 def parse(argv=None):

@@ -236,13 +236,12 @@ class Planner(ractd.Policy):
         self.net.pinned = PINNED
 
 
-def paired_gain(rows, maze):
-    """RACTD's score minus CTD's of the same episodes: {task: (mean, standard error)}."""
-    rows = {row["label"]: row for row in rows}
+def paired_gain(maze, a, b):
+    """The scores of row b minus those of row a in the same episodes: {task: (mean, error)}."""
     gain = {}
     for task in ("single", "multi"):
-        scores = {label: maze.score(rows[label][task]["returns"]) for label in ("CTD", "RACTD")}
-        gain[task] = mean_and_error(scores["RACTD"] - scores["CTD"])
+        scores = [maze.score(row[task]["returns"]) for row in (a, b)]
+        gain[task] = mean_and_error(scores[1] - scores[0])
     return gain
 
 
@@ -292,22 +291,20 @@ def maze2d(run):
         planners[label] = Planner(model, how, run.device)
         asked = about | acting | {"weights": ractd.weights_id(model)}
         rows.append(measure(run, label, planners[label], asked) | {"own_train_s": model["seconds"]})
-    example = np.concatenate([maze.center(maze.cells[0]), np.zeros(2), maze.fixed_goal])[None]
-    generators = [np.random.default_rng(0)]
+    example, generators = np.zeros((1, 6)), [np.random.default_rng(0)]
     calls = {label: lambda p=p: p.act(example, generators) for label, p in planners.items()}
     for row, (ms, iqr) in zip(rows[1:], in_turns(calls, turns=10).values(), strict=True):
         row |= {"ms": ms, "ms_iqr": iqr}
     path = run.out / "maze2d.json"
     about = about | acting | {"dataset": experiment.meta["dataset"], "seed": config.seed}
-    gain = paired_gain(rows, maze)
+    gain = paired_gain(maze, *rows[-2:])  # CTD, RACTD
     result = about | {"horizon": config.horizon, "gain": gain, "rows": rows}
     write_json(path, result)
     print_table(result)
     print(f"All numbers: {path}")
     figures.draw_maze(result, maze, path.with_suffix(".png"))
     if run.video:
-        row = next(row for row in rows if row["label"] == "RACTD")
-        figures.animate_maze(row, maze, path.with_suffix(".gif"))
+        figures.animate_maze(rows[-1], maze, path.with_suffix(".gif"))
 
 
 def print_table(result):
@@ -329,16 +326,6 @@ def print_table(result):
     print(f"{'RACTD - CTD, paired':39}{gain}")
 
 
-def check(run):
-    """Raise UserError for a value that is out of range."""
-    if not run.config.reward_weight:
-        raise ractd.UserError("--reward-weight must be more than 0; CTD is a row of its own")
-    if run.replan < 0:
-        raise ractd.UserError("--replan must be at least 0")
-    if not run.data.startswith("minari:"):
-        raise ractd.UserError(f"--data {run.data}: must be minari:ID, a PointMaze set")
-
-
 def main(argv=None):
     """The command line -> exit code, see `run_command`."""
     each = "\n".join(f"{maze}: {flags}" for maze, flags in FLAGS.items())
@@ -353,16 +340,18 @@ def main(argv=None):
     def command():
         own, rest = parser.parse_known_args(argv)
         maze = pointmaze.Maze(own.maze)
-        own_data = f"minari:{pointmaze.local_id(maze.name)}"
-        data = own.data or own_data
-        defaults = f"{PRESET} {FLAGS[maze.name]}".split()
-        run = parse_planner(rest, defaults, UNUSED, own)
+        made_here = pointmaze.local_id(maze.name)
+        data = own.data or f"minari:{made_here}"
+        if own.replan < 0 or not data.startswith("minari:"):
+            raise ractd.UserError("--replan must be at least 0, --data minari:ID, a PointMaze set")
+        run = parse_planner(rest, f"{PRESET} {FLAGS[maze.name]}".split(), UNUSED, own)
         run.env, run.data = f"maze2d-{maze.name}", data
         ractd.resolve(run)
         run.maze = maze
-        check(run)
+        if not run.config.reward_weight:
+            raise ractd.UserError("--reward-weight must be more than 0; CTD is a row of its own")
         make_unet(run.config, [6, 4])  # a wrong size is found before data are made
-        if data == own_data and not pointmaze.exists(pointmaze.local_id(maze.name)):
+        if data == f"minari:{made_here}" and not pointmaze.exists(made_here):
             pointmaze.collect(maze)
         maze2d(run)
 

@@ -1,7 +1,7 @@
 """Trajectory Diffuser (Huang et al., ECCV 2024, arXiv 2407.16142): a draft, refined by diffusion.
 
     python -m reproduce.trajectory_diffuser --env hopper-medium-replay [--data FILE]
-    python -m reproduce.trajectory_diffuser --env hopper-medium-replay --sweep    noise levels
+    python -m reproduce.trajectory_diffuser --env hopper-medium-replay --sigma 0 0.04 0.25 1 80
 
 Three parts are trained apart, as the stages of `ractd.fit` whose flags (--student-steps, ...) and
 file names in <out> they have:
@@ -37,11 +37,9 @@ from reproduce.common import (
     make_parser,
     parse_planner,
     run_command,
-    write_json,
 )
 
 PARTS = {"teacher": "refinement", "reward": "inverse dynamics", "student": "draft"}  # by stage
-SWEEP = (0.0, 0.04, 0.1, 0.25, 0.5, 1.0, ractd.SIGMA_MAX)
 HORIZONS = {"halfcheetah": 8, "hopper": 16, "walker2d": 32}  # as released; other tasks: 16
 DEFAULTS = "--student-steps 5000 --student-batch 64 --reward-steps 10000 --reward-actions 1"
 UNUSED = """distance reward_target reward_actions reward_networks gamma tilted_steps grid_points
@@ -87,17 +85,17 @@ class Draft(nn.Module):
     unless i = L - 1. It predicts the change from x_i to x_{i+1}, in units of `scale` (D,).
     """
 
-    def __init__(self, dim, horizon, width, causal=True, layers=4, heads=4):
+    def __init__(self, dim, horizon, width, causal=True):
         super().__init__()
-        self.causal, size = causal, {"dim_feedforward": 4 * width, "dropout": 0.0}
+        self.causal, size = causal, {"nhead": 4, "dim_feedforward": 4 * width, "dropout": 0.0}
         self.register_buffer("scale", torch.ones(dim))
         self.embed = nn.Linear(dim, width)
         self.positions = nn.Parameter(0.02 * torch.randn(horizon, width))
         self.layers = nn.ModuleList(  # nn.TransformerEncoder would give them all the same weights
             nn.TransformerEncoderLayer(
-                width, heads, **size, activation="gelu", batch_first=True, norm_first=True
+                width, **size, activation="gelu", batch_first=True, norm_first=True
             )
-            for _ in range(layers)
+            for _ in range(4)
         )
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
 
@@ -139,11 +137,11 @@ class InverseDynamics(nn.Module):
     It reads the change between them in units of `scale` (O,): states of one step are much alike.
     """
 
-    def __init__(self, state_dim, action_dim, width=256):
+    def __init__(self, state_dim, action_dim):
         super().__init__()
         self.register_buffer("scale", torch.ones(state_dim))
-        hidden = ractd.mlp(2 * state_dim, width)[:-2]  # without its output, a single number
-        self.net = nn.Sequential(*hidden, nn.Linear(width, action_dim))
+        hidden = ractd.mlp(2 * state_dim, 256)[:-2]  # without its output, a single number
+        self.net = nn.Sequential(*hidden, nn.Linear(256, action_dim))
 
     def forward(self, state, following):
         return self.net(torch.cat([state, (following - state) / self.scale], dim=1))
@@ -248,14 +246,6 @@ class Planner:
         return ractd.decode(action, self.action_table)[:, None].cpu().numpy()
 
 
-def result_path(run, sigma):
-    """The file of the numbers of a noise level, or of a "sweep"."""
-    variant = "_no-noise" * run.no_noise + "_no-mask" * run.no_mask
-    seeds = f"{run.config.first_seed}-{run.config.first_seed + run.config.episodes - 1}"
-    how = f"sigma-{sigma}{variant}_points{run.points}_q{run.target_quantile:g}_seeds{seeds}"
-    return run.out / f"score_trajectory-diffuser_{how}.json"
-
-
 def score(run, models, meta, target, sigma):
     """The numbers of acting with a noise level, kept in its file."""
     act = Planner(models, target, sigma, run.points, not run.no_noise, run.device)
@@ -267,37 +257,24 @@ def score(run, models, meta, target, sigma):
     of_parts = [(PARTS[stage], model) for stage, model in models.items()]
     about |= {"weights": {part: ractd.weights_id(model) for part, model in of_parts}}
     about |= {"train_s": {part: model["seconds"] for part, model in of_parts}}
+    variant = "_no-noise" * run.no_noise + "_no-mask" * run.no_mask
+    how = f"sigma-{sigma}{variant}_points{run.points}_q{run.target_quantile:g}"
     print(f"sigma {sigma:g}:")
-    return kept_score(result_path(run, sigma), about, run, act, meta["dataset"])
+    return kept_score(f"score_trajectory-diffuser_{how}", about, run, act, meta["dataset"])
 
 
 def trajectory_diffuser(run):
-    """Train what is missing, score it at one noise level or at all of the sweep, print a table."""
+    """Train what is missing, score it at each noise level, print a table."""
     batches, meta = ractd.load_data(run)
     models = train(run, batches, meta)
     target = float(np.quantile(batches.returns_to_go.cpu().numpy(), run.target_quantile))
     print(flush=True)
-    sigmas = SWEEP if run.sweep else (run.sigma,)
-    rows = [score(run, models, meta, target, sigma) for sigma in sigmas]
+    rows = [score(run, models, meta, target, sigma) for sigma in run.sigma]
     print(f"\n{data_label(run.env, meta['dataset'])}, {run.config.episodes} episodes")
     print(f"sigma   draft calls   denoiser calls   {rows[0]['unit']}")
     for row in rows:
         numbers = f"{row['sigma']:<5g}{row['draft_calls']:14}{row['denoiser_calls']:17}"
         print(f"{numbers}   {row['score_mean']:.1f} +- {row['score_sem']:.1f}")
-    if run.sweep:
-        write_json(result_path(run, "sweep"), rows)
-    print(f"All numbers: {result_path(run, 'sweep' if run.sweep else run.sigma)}")
-
-
-def check(run):
-    """Raise UserError for a value of a flag of this program that makes no sense."""
-    smax = ractd.SIGMA_MAX
-    if run.sigma != 0 and not SMIN < run.sigma <= smax:
-        raise ractd.UserError(f"--sigma {run.sigma}: must be 0, or more than {SMIN} up to {smax}")
-    for name, low, high in (("points", 2, 1000), ("target_quantile", 0, 1)):
-        if not low <= getattr(run, name) <= high:
-            flag = "--" + name.replace("_", "-")
-            raise ractd.UserError(f"{flag} {getattr(run, name)}: must be in {low} to {high}")
 
 
 def parse(argv=None):
@@ -305,18 +282,20 @@ def parse(argv=None):
     parser = make_parser(
         "trajectory_diffuser", f"{__doc__}{DEFAULTS}\n--horizon 16 (halfcheetah: 8, walker2d: 32)"
     )
-    add, level = parser.add_argument, parser.add_mutually_exclusive_group()
-    text = "noise level that the draft is refined from; 0: not at all (default: 0.04)"
-    level.add_argument("--sigma", type=float, default=0.04, help=text)
-    level.add_argument("--sweep", action="store_true", help=f"score all of {SWEEP}")
+    add = parser.add_argument
+    text = "noise levels that the draft is refined from, each scored; 0: not at all (default: 0.04)"
+    add("--sigma", type=float, nargs="+", default=[0.04], help=text)
     add("--points", type=int, default=3, help="n of Heun, 2 n - 3 denoiser calls (default: 3)")
     add("--no-noise", action="store_true", help="refine the draft as it is, as released")
     add("--no-mask", action="store_true", help="draft without causal mask, as released")
     text = "the return-to-go to ask for, as a quantile of the data's (default: 0.98)"
     add("--target-quantile", type=float, default=0.98, help=text)
     own, rest = parser.parse_known_args(argv)
+    if not all(sigma == 0 or SMIN < sigma <= ractd.SIGMA_MAX for sigma in own.sigma):
+        raise ractd.UserError(f"--sigma must be 0, or more than {SMIN}, up to {ractd.SIGMA_MAX}")
+    if own.points < 2 or not 0 <= own.target_quantile <= 1:
+        raise ractd.UserError("--points must be at least 2, --target-quantile from 0 to 1")
     run = parse_planner(rest, DEFAULTS.split(), UNUSED, own)
-    check(run)
     if run.horizon is None:
         name = str(run.env or run.data).lower()
         run.horizon = next((H for task, H in HORIZONS.items() if task in name), 16)
