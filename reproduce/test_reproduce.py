@@ -92,6 +92,24 @@ def test_points_are_scores_or_returns_where_the_environment_has_no_reference():
     assert common.points("mujoco/pusher/expert-v0", [1.0]) == (1.0, 0.0, "return")
 
 
+def test_a_score_is_kept_for_the_same_models_and_made_anew_for_others(tmp_path, monkeypatch):
+    evaluated, run = [], SimpleNamespace(env=ENV, out=tmp_path)
+    monkeypatch.setattr(ractd, "simulator", lambda *_: None)
+
+    def evaluate(*how):
+        evaluated.append(how[2:])
+        return {"returns": [1.0, 3.0], "lengths": [1, 3]}
+
+    monkeypatch.setattr(ractd, "evaluate", evaluate)
+    about = {"episodes": 2, "first_seed": 5, "weights": "a", "train_s": 10.0}
+    first = common.kept_score("x", about, run, None, {})
+    assert json.loads((tmp_path / "x_seeds5-6.json").read_text()) == first
+    again = common.kept_score("x", about | {"train_s": 11.0}, run, None, {})
+    assert again == first | {"train_s": 11.0} and evaluated == [(2, 5)]
+    assert common.kept_score("x", about | {"weights": "b"}, run, None, {})["weights"] == "b"
+    assert evaluated == [(2, 5)] * 2
+
+
 def test_a_model_with_other_hyperparameters_has_a_folder_of_its_own(run):
     experiment = common.Experiment(common.parse_run(common.make_parser("x", ""), run[1]))
 
