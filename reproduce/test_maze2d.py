@@ -401,9 +401,9 @@ def test_a_plan_depends_on_its_own_generator_alone_and_on_the_temperature(stage)
 
 
 def test_the_gain_is_of_the_same_episodes(umaze):
-    ctd = {"single": {"returns": [10.0, 100.0, 200.0]}, "multi": {"returns": [1.0, 2.0, 3.0]}}
-    ractd = {"single": {"returns": [12.0, 104.0, 206.0]}, "multi": {"returns": [1.0, 2.0, 3.0]}}
-    gain = maze2d.paired_gain(umaze, ctd, ractd)
+    before = {"single": {"returns": [10.0, 100.0, 200.0]}, "multi": {"returns": [1.0, 2.0, 3.0]}}
+    after = {"single": {"returns": [12.0, 104.0, 206.0]}, "multi": {"returns": [1.0, 2.0, 3.0]}}
+    gain = maze2d.paired_gain(umaze, before, after)
     points = 100 / (161.86 - 23.85)  # of a step at the goal
     assert gain["single"] == pytest.approx((4 * points, 2 * points / 3**0.5))
     assert gain["multi"] == (0, 0)
