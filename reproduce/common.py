@@ -217,6 +217,11 @@ def kept_score(name, about, run, act, data):
     return about | result
 
 
+def file_label(label):
+    """The label of a row of a table as a part of a file's name."""
+    return label.replace(", ", "_").replace(" ", "_")
+
+
 def data_label(env, dataset):
     """The title of a picture or table; dataset: what a checkpoint says of the data."""
     return f"{env} on\n{dataset['name']} ({dataset['source']})"

@@ -28,6 +28,7 @@ from reproduce.common import (
     Experiment,
     canvas,
     data_label,
+    file_label,
     in_turns,
     kept_score,
     make_parser,
@@ -138,9 +139,9 @@ def measure(row, run, meta, ms, episodes):
     about |= {"episodes": episodes, "first_seed": run.config.first_seed}
     about |= {"weights": row.weights, "how": row.how}
     if episodes:
-        name = row.label.replace(", ", "_").replace(" ", "_")
         print(f"\n== {row.label}", flush=True)
-        about = kept_score(f"compare_{name}", about, run, row.act, meta["dataset"])
+        name = f"compare_{file_label(row.label)}"
+        about = kept_score(name, about, run, row.act, meta["dataset"])
     return about | {"ms": ms[0], "ms_iqr": ms[1]}
 
 

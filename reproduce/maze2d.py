@@ -31,6 +31,7 @@ import ractd
 from reproduce import figures, pointmaze
 from reproduce.common import (
     Experiment,
+    file_label,
     in_turns,
     make_parser,
     mean_and_error,
@@ -261,7 +262,7 @@ def measure(run, label, planner, asked):
     It is kept in <out>, in a file named after label and `asked`, and not made again.
     """
     how = "_".join(f"{name}-{value}" for name, value in asked.items() if name != "maze")
-    path = run.out / f"maze2d_{label.replace(', ', '_').replace(' ', '_')}_{how}.json"
+    path = run.out / f"maze2d_{file_label(label)}_{how}.json"
     if path.exists() and (row := json.loads(path.read_text())).get("asked") == asked:
         print(f"{label}: numbers from {path}")
         return row
