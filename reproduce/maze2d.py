@@ -6,10 +6,11 @@
 
 A plan is H states (x, y and their velocities); the first one and the last one's position, the goal,
 are pinned: they hold clean values at every noise level, in the denoiser and in the jump. R is the
-return-to-go of one state and a goal; Eq. 8 takes its mean over the student's one-call plan, where
-the paper has the sum, H times that. A PD rule drives from the true state to the next planned one;
-after the plan its end is held. Data that are not there are made first by D4RL's recipe. Trained
-models and rows of numbers are kept in <out>, and not made again.
+return-to-go of one state and a goal; it is trained to be 0 where no one goes, too, so it knows the
+walls. Eq. 8 takes its mean over the student's one-call plan, where the paper has the sum, H times
+that. A PD rule drives from the true state to the next planned one; after the plan its end is held.
+Data that are not there are made first by D4RL's recipe. Trained models and rows of numbers are kept
+in <out>, and not made again.
 
 Training differs from `python ractd.py distill` in three more points: the teacher's whole paths are
 solved once, before a student's training; half of them lead to goals of other windows; and Eq. 5's
@@ -26,6 +27,7 @@ import time
 
 import numpy as np
 import torch
+from torch import nn
 
 import ractd
 from reproduce import figures, pointmaze
@@ -43,15 +45,16 @@ from reproduce.pointmaze import DataController, OpenLoop
 
 # the small preset; H as in the paper
 PRESET = """--channels 32 64 128 --kernel 5 --patch 8 --teacher-batch 128 --student-batch 32
---path-batch 128 --teacher-steps 6000 --reward-steps 2000 --student-steps 1500 --tilted-steps 0
+--path-batch 128 --teacher-steps 6000 --reward-steps 10000 --student-steps 1500 --tilted-steps 0
 --student-lr 0.002 --dsm-weight 0.1 --temperature 0.01 --episodes 100"""
 UNUSED = "env reward_target reward_actions reward_networks candidates distance tilted_steps"
 FLAGS = {  # of each maze; sigma smaller for the largest, as in the paper
     "umaze": "--horizon 128 --reward-weight 1",
     "medium": "--horizon 256 --reward-weight 1",
-    "large": "--horizon 384 --reward-weight 0.3 --reward-steps 10000 --student-steps 3000",
+    "large": "--horizon 384 --reward-weight 0.3 --student-steps 3000",
 }
 PATHS = 32_768  # of the teacher
+ANYWHERE = 0.1  # the share of R's states that are moved there
 LEAP = 0.25  # of a cell: a step so long is no noise; the simulator's longest one is 0.05
 PINNED = ((0, 0), (0, 1), (0, 2), (0, 3), (-1, 0), (-1, 1))  # first state, last position
 PAPER = {  # single-task D4RL scores with D4RL's data
@@ -96,7 +99,8 @@ class StateBatches:
 
         The goal is the window's end, as in `windows`: rewards are relabelled to it, so that one R
         serves all goals, D4RL's fixed one too. The target is the share of the discounted future
-        within 0.5 of it, 0 to 1; a drive's last state is held.
+        within 0.5 of it, 0 to 1; a drive's last state is held. Some states are moved to anywhere
+        and worth 0 there: else R would rise through walls, and Eq. 8 would bend plans into them.
         """
         starts = self.starts[torch.randint(len(self.starts), (batch,), device=self.obs.device)]
         goals = starts + len(self.chunk) - 1
@@ -106,6 +110,8 @@ class StateBatches:
         distances = (self.raw[later, :2] - self.raw[goals, None, :2]).norm(dim=2)
         target = (self.discounts * (distances <= pointmaze.GOAL_RADIUS)).sum(1)
         inputs = torch.cat([self.obs[rows], self.obs[goals, :2]], dim=1)
+        moved = slice(int(ANYWHERE * batch))
+        inputs[moved, :2], target[moved] = 2 * torch.rand_like(inputs[moved, :2]) - 1, 0.0
         return inputs, target / self.discounts.sum()
 
 
@@ -133,6 +139,22 @@ def make_unet(config, dims, student=False):
     net = ractd.make_unet(config, dims, student)
     net.pinned = PINNED
     return net
+
+
+class GoalReward(nn.Module):
+    """R of states and the goals that they are on the way to: (B, 6) -> (B,).
+
+    It sees positions also as waves, as walls are thin and a plain network is smooth.
+    """
+
+    def __init__(self, width=128):
+        super().__init__()
+        self.mlp = ractd.mlp(6 + 16, width)
+
+    def forward(self, x):
+        angles = math.pi * x[:, [0, 1, 4, 5]]
+        waves = [wave(n * angles) for n in (1, 2) for wave in (torch.sin, torch.cos)]
+        return self.mlp(torch.cat([x, *waves], dim=1))
 
 
 def plan_distance(a, b, c=0.1):
@@ -208,13 +230,13 @@ def maze_loss(stage, config, batches, dims, built_on):
         return loss + config.ctm_weight * path, info | {"path": path.detach()}
 
     if stage == "reward":
-        return ractd.mlp(6, 128).to(device), reward_model_loss
+        return GoalReward().to(device), reward_model_loss
     teacher, reward = make_unet(config, dims).to(device), None
     if stage == "teacher":
         return teacher, teacher_loss
     teacher.load_state_dict(built_on["teacher"]["ema"])
     if config.reward_weight:
-        R = ractd.mlp(6, 128).to(device).eval().requires_grad_(False)
+        R = GoalReward().to(device).eval().requires_grad_(False)
         R.load_state_dict(built_on["reward"]["ema"])
         reward = lambda state, plan: plan_return(R, state, plan)
     student = make_unet(config, dims, student=True).to(device)

@@ -174,6 +174,10 @@ def test_batches_equal_brute_force_and_stay_in_one_drive():
     assert found == windows
     assert raw == pytest.approx(everything[index[:, None] + np.arange(horizon)], abs=1e-4)
     inputs, target = batches.returns(500)
+    moved = 50  # to anywhere, where nothing is earned
+    assert not target[:moved].any() and inputs[:moved, :2].abs().max() <= 1
+    assert inputs[:moved, :2].std(0) == pytest.approx([3**-0.5] * 2, rel=0.1)
+    inputs, target = inputs[moved:], target[moved:]
     last = np.repeat(np.cumsum([len(x) for x in drives]) - 1, [len(x) for x in drives])
     steps, hits = len(batches.discounts), 0
     for x, y in zip(inputs.numpy(), target.numpy(), strict=True):
@@ -186,6 +190,27 @@ def test_batches_equal_brute_force_and_stay_in_one_drive():
         assert y == pytest.approx(expected, abs=1e-5)
         hits += 0 < y < 1
     assert hits > 50 and gamma**steps < 0.01
+
+
+def test_r_learns_that_there_is_nothing_where_no_one_goes():
+    """A drive to and fro along a line: R rises along it to the goal, and is 0 beside it."""
+    torch.manual_seed(0)
+    x = np.abs(np.arange(4000) % 200 - 100) / 50 - 1  # -1 to 1 and back
+    drive = np.stack([x, 0 * x, 0 * x, 0 * x], axis=1).astype(np.float32)
+    drive = np.concatenate([drive, [[0, -1, 0, 0], [0, 1, 0, 0]]]).astype(np.float32)
+    batches = maze2d.StateBatches([drive], 64, 0.97, torch.device("cpu"))
+    config = ractd.Config(horizon=64, reward_batch=256)
+    R, loss_fn = maze2d.maze_loss("reward", config, batches, [6, 4], {})
+    optimizer = torch.optim.AdamW(R.parameters(), 2e-3)
+    for _ in range(400):
+        ractd.train_step(R, R, optimizer, loss_fn, 0.0)
+    goal = torch.tensor([1.0, 0]).expand(3, 2)
+    along = torch.tensor([[-0.6, 0, 0, 0], [0.2, 0, 0, 0], [0.9, 0, 0, 0]])
+    beside = along + torch.tensor([0, 0.6, 0, 0])
+    with torch.no_grad():
+        on, off = (R(torch.cat([places, goal], dim=1)) for places in (along, beside))
+    assert on[0] < on[1] < on[2] and on[2] > 0.3
+    assert off.abs().max() < 0.1
 
 
 def test_the_return_of_a_plan_is_the_mean_over_its_states():
@@ -256,7 +281,7 @@ def test_the_students_loss_adds_weighted_whole_paths_and_hears_r(sigma, monkeypa
     config = dataclasses.replace(config, reward_weight=sigma, student_batch=4)
     drives = [np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)]
     batches = maze2d.StateBatches(drives, 16, 0.9, torch.device("cpu"))
-    teacher, R, seen = maze2d.make_unet(config, [6, 4]), ractd.mlp(6, 128), []
+    teacher, R, seen = maze2d.make_unet(config, [6, 4]), maze2d.GoalReward(), []
     built_on = {"teacher": {"ema": teacher.state_dict()}, "reward": {"ema": R.state_dict()}}
 
     def others(net, average, teacher, reward, state, x0, config, distance):
