@@ -31,7 +31,9 @@ def make_parser(name, text, others=True):
         allow_abbrev=False,
     )
     if others:
-        parser.epilog = "Flags of `python ractd.py distill` are taken too; its --help tells them."
+        parser.epilog = (
+            "Most flags of `python ractd.py distill` are taken too; its --help tells them."
+        )
         return parser
     add = parser.add_argument
     add("--data", default="", help="FILE.hdf5 or minari:ID (default: D4RL's file of --env)")

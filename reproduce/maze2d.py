@@ -6,11 +6,11 @@
 
 A plan is H states (x, y and their velocities); the first one and the last one's position, the goal,
 are pinned: they hold clean values at every noise level, in the denoiser and in the jump. R is the
-return-to-go of one state and a goal; it is trained to be 0 where no one goes, too, so it knows the
-walls. Eq. 8 takes its mean over the student's one-call plan, where the paper has the sum, H times
-that. A PD rule drives from the true state to the next planned one; after the plan its end is held.
-Data that are not there are made first by D4RL's recipe. Trained models and rows of numbers are kept
-in <out>, and not made again.
+return-to-go of one state and a goal, low where no one goes, so that it knows the walls. Eq. 8 takes
+its mean over the student's one-call plan, where the paper has the sum, H times that. A PD rule
+drives from the true state to the next planned one; after the plan its end is held. Data that are
+not there are made first by D4RL's recipe. Trained models and rows of numbers are kept in <out>, and
+not made again.
 
 Training differs from `python ractd.py distill` in three more points: the teacher's whole paths are
 solved once, before a student's training; half of them lead to goals of other windows; and Eq. 5's
@@ -19,6 +19,7 @@ something here are taken, with these defaults:
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -50,8 +51,8 @@ PRESET = """--channels 32 64 128 --kernel 5 --patch 8 --teacher-batch 128 --stud
 UNUSED = "env reward_target reward_actions reward_networks candidates distance tilted_steps"
 FLAGS = {  # of each maze; sigma smaller for the largest, as in the paper
     "umaze": "--horizon 128 --reward-weight 1",
-    "medium": "--horizon 256 --reward-weight 1",
-    "large": "--horizon 384 --reward-weight 0.3 --student-steps 3000",
+    "medium": "--horizon 256 --reward-weight 1 --student-steps 3000",
+    "large": "--horizon 384 --reward-weight 0.5 --student-steps 6000",
 }
 PATHS = 32_768  # of the teacher
 ANYWHERE = 0.1  # the share of R's states that are moved there
@@ -74,8 +75,8 @@ class StateBatches:
 
     def __init__(self, drives, horizon, gamma, device):
         lengths = np.array([len(drive) for drive in drives])
-        begins = np.cumsum(lengths) - lengths
-        starts = ractd.window_starts(begins, begins + lengths - 1, horizon)
+        ends = np.cumsum(lengths) - 1
+        starts = ractd.window_starts(ends - lengths + 1, ends, horizon)
         if not len(starts):
             longest = lengths.max()
             raise ractd.UserError(f"--horizon {horizon}: the longest drive has {longest} states")
@@ -83,13 +84,13 @@ class StateBatches:
         self.normalizer = {"obs": ractd.fit_range(self.raw)}
         self.obs = ractd.encode(self.raw, self.normalizer["obs"])
         self.starts = torch.tensor(starts, device=device)
-        self.lasts = torch.tensor(np.repeat(begins + lengths - 1, lengths), device=device)
+        self.lasts = torch.tensor(np.repeat(ends, lengths), device=device)
         self.chunk = torch.arange(horizon, device=device)
         steps = 1 + int(math.log(0.01) / math.log(max(gamma, 1e-9)))  # later ones count for < 1 %
         self.discounts = gamma ** torch.arange(steps, device=device)
 
-    def windows(self, batch):
-        """Random windows: condition (B, 6), the first state and the goal, and plan x0 (B, H, 4)."""
+    def windows(self, batch, weights=None):
+        """Random windows, all alike: condition (B, 6), first state and goal, and x0 (B, H, 4)."""
         starts = self.starts[torch.randint(len(self.starts), (batch,), device=self.obs.device)]
         x0 = self.obs[starts[:, None] + self.chunk]
         return torch.cat([x0[:, 0], x0[:, -1, :2]], dim=1), x0
@@ -126,35 +127,31 @@ def load_maze(run):
     there = np.mean(distances <= pointmaze.GOAL_RADIUS)
     print(f"data: {dataset_id}: {len(states):,} states, {len(drives)} drive(s),")
     print(f"      {there:.1%} of them at D4RL's goal", flush=True)
-    config = run.config
-    batches = StateBatches(drives, config.horizon, config.gamma, run.device)
+    batches = StateBatches(drives, run.config.horizon, run.config.gamma, run.device)
+    moves = len(states) - len(drives)
     sha256 = hashlib.sha256(states.tobytes()).hexdigest()
-    dataset = {"name": dataset_id, "source": "minari", "sha256": sha256, "transitions": len(states)}
+    dataset = {"name": dataset_id, "source": "minari", "sha256": sha256, "transitions": moves}
     meta = {"env": run.env, "dataset": dataset, "dims": [6, 4], "plan": "states"}
     return batches, meta | {"normalizer": batches.normalizer}
 
 
-def make_unet(config, dims, student=False):
-    """`ractd.make_unet` for a plan of states, its ends pinned."""
-    net = ractd.make_unet(config, dims, student)
-    net.pinned = PINNED
-    return net
-
-
 class GoalReward(nn.Module):
-    """R of states and the goals that they are on the way to: (B, 6) -> (B,).
+    """R of conditions (B, 6) and plans (B, H, 4): the mean over a plan's states, (B,).
 
-    It sees positions also as waves, as walls are thin and a plain network is smooth.
+    The paper has the sum, H times that; `plan_distance` is a mean over the plan, too. R sees
+    positions also as waves, as walls are thin and a plain network is smooth.
     """
 
-    def __init__(self, width=128):
+    def __init__(self):
         super().__init__()
-        self.mlp = ractd.mlp(6 + 16, width)
+        self.mlp = ractd.mlp(6 + 16, 128)
 
-    def forward(self, x):
-        angles = math.pi * x[:, [0, 1, 4, 5]]
+    def forward(self, state, plan):
+        goals = state[:, None, 4:].expand(-1, plan.shape[1], -1)
+        angles = math.pi * torch.cat([plan[..., :2], goals], dim=2)
         waves = [wave(n * angles) for n in (1, 2) for wave in (torch.sin, torch.cos)]
-        return self.mlp(torch.cat([x, *waves], dim=1))
+        each = self.mlp(torch.cat([plan, goals, *waves], dim=2))
+        return each.reshape(plan.shape[:2]).mean(1)
 
 
 def plan_distance(a, b, c=0.1):
@@ -166,16 +163,6 @@ def plan_distance(a, b, c=0.1):
     return ractd.pseudo_huber(a, b, c) / math.sqrt(a[0].numel())
 
 
-def plan_return(reward_model, state, plan):
-    """R of the states of a plan (B, H, 4) on the way to the goals of conditions (B, 6): (B,).
-
-    Their mean, the paper's sum divided by H: `plan_distance` is a mean over the plan, too.
-    """
-    goals = state[:, None, 4:].expand(-1, plan.shape[1], -1)
-    each = reward_model(torch.cat([plan, goals], dim=2).flatten(0, 1))
-    return each.reshape(plan.shape[:2]).mean(1)
-
-
 def teacher_paths(teacher, batches, temperature, batch=256):
     """PATHS whole paths of the teacher: conditions (N, 6), starts at T and ends (N, H, 4) each.
 
@@ -183,23 +170,17 @@ def teacher_paths(teacher, batches, temperature, batch=256):
     than those of any window. `ractd.path_loss` solves new paths in every step; a long plan needs
     larger batches than that leaves time for, and they are drawn from these again and again.
     """
-
-    def solve():
+    paths, began = [], time.monotonic()
+    for done in range(batch, PATHS + batch, batch):
         state, x0 = batches.windows(batch)
         state[: batch // 2, 4:] = state[-(batch // 2) :, 4:]  # goals of other windows
         x_T = teacher.pin(temperature * ractd.SIGMA_MAX * torch.randn_like(x0), state)
-        denoiser = lambda x, t: ractd.denoise(teacher, x, t, state)
-        return state, x_T, ractd.heun_sample(denoiser, x_T, ractd.karras_sigmas(7))
-
-    paths, began = [], time.monotonic()
-    told = began
-    for n in range(0, PATHS, batch):
-        paths.append(solve())
-        if time.monotonic() > told + 10:
-            told = time.monotonic()
-            left = (told - began) * (PATHS / (n + batch) - 1)
-            print(f"teacher paths {n + batch:8,}/{PATHS:,}  ETA {left:.0f} s", flush=True)
-    print(f"teacher paths: {PATHS:,} in {time.monotonic() - began:.0f} s", flush=True)
+        denoiser = functools.partial(ractd.denoise, teacher, state=state)
+        paths.append((state, x_T, ractd.heun_sample(denoiser, x_T, ractd.karras_sigmas(7))))
+        if done % (PATHS // 8) == 0:
+            spent = time.monotonic() - began
+            left = spent * (PATHS / done - 1)
+            print(f"teacher paths {done:8,}/{PATHS:,}  {spent:.0f} s  ETA {left:.0f} s", flush=True)
     return [torch.cat(column) for column in zip(*paths, strict=True)]
 
 
@@ -207,15 +188,9 @@ def maze_loss(stage, config, batches, dims, built_on):
     """(network, loss_fn(net, average)) of teacher, R or student, as `ractd.stage_loss`."""
     device = batches.obs.device
 
-    def teacher_loss(net, _):
-        state, x0 = batches.windows(config.teacher_batch)
-        t, noise = ractd.lognormal_levels(len(x0), device), torch.randn_like(x0)
-        denoiser = lambda x, t: ractd.denoise(net, x, t, state)
-        return ractd.edm_loss(denoiser, x0, t, noise), {}
-
     def reward_model_loss(net, _):
-        inputs, target = batches.returns(config.reward_batch)
-        return (net(inputs) - target).square().mean(), {}
+        state, target = batches.returns(config.reward_batch)
+        return (net(state, state[:, None, :4]) - target).square().mean(), {}
 
     def student_loss(net, average):
         state, x0 = batches.windows(config.student_batch)
@@ -231,15 +206,15 @@ def maze_loss(stage, config, batches, dims, built_on):
 
     if stage == "reward":
         return GoalReward().to(device), reward_model_loss
-    teacher, reward = make_unet(config, dims).to(device), None
+    teacher, teacher_loss = ractd.stage_loss("teacher", config, batches, dims, {})
+    teacher.pinned, reward = PINNED, None
     if stage == "teacher":
         return teacher, teacher_loss
     teacher.load_state_dict(built_on["teacher"]["ema"])
     if config.reward_weight:
-        R = GoalReward().to(device).eval().requires_grad_(False)
-        R.load_state_dict(built_on["reward"]["ema"])
-        reward = lambda state, plan: plan_return(R, state, plan)
-    student = make_unet(config, dims, student=True).to(device)
+        reward = GoalReward().to(device).eval().requires_grad_(False)
+        reward.load_state_dict(built_on["reward"]["ema"])
+    student = ractd.make_unet(config, dims, student=True).to(device)
     ractd.warm_start(student, teacher.eval().requires_grad_(False))
     pathless = dataclasses.replace(config, path_batch=0)
     paths = teacher_paths(teacher, batches, config.temperature) if config.path_batch else None
@@ -268,16 +243,6 @@ def paired_gain(maze, a, b):
     return gain
 
 
-def drive(act, run, random_goals):
-    """Episodes of single- or multi-task -> mean score, its error, returns, share that got there."""
-    config = run.config
-    make_env = lambda: pointmaze.MazeTask(run.maze, random_goals)
-    returns = ractd.evaluate(act, make_env, config.episodes, config.first_seed)["returns"]
-    mean, sem = mean_and_error(run.maze.score(returns))
-    result = {"score_mean": mean, "score_sem": sem, "returns": returns}
-    return result | {"reached": float(np.mean(np.array(returns) > 0))}
-
-
 def measure(run, label, planner, asked):
     """One row: both tasks, faults of the single-task plans; asked: what makes it this row.
 
@@ -288,13 +253,18 @@ def measure(run, label, planner, asked):
     if path.exists() and (row := json.loads(path.read_text())).get("asked") == asked:
         print(f"{label}: numbers from {path}")
         return row
-    row = {"label": label, "calls": planner.calls if planner else 0, "asked": asked}
+    config, calls = run.config, planner.calls if planner else 0
+    row = {"label": label, "calls": calls, "asked": asked}
     for task, random_goals in (("single", False), ("multi", True)):
         print(f"\n== {label}: {task}-task", flush=True)
         act = OpenLoop(planner.act, run.replan) if planner else DataController(run.maze)
-        row[task] = drive(act, run, random_goals)
+        make_env = functools.partial(pointmaze.MazeTask, run.maze, random_goals)
+        returns = ractd.evaluate(act, make_env, config.episodes, config.first_seed)["returns"]
+        mean, sem = mean_and_error(run.maze.score(returns))
+        reached = float(np.mean(np.array(returns) > 0))
+        row[task] = {"score_mean": mean, "score_sem": sem, "returns": returns, "reached": reached}
         if planner and not random_goals:
-            plans = act.first[: run.config.episodes]
+            plans = act.first[: config.episodes]
             row |= pointmaze.plan_faults(run.maze, plans) | {"plans": plans[:10, :, :2].tolist()}
             row["driven"] = np.stack(act.driven, axis=1)[: len(row["plans"])].tolist()
     write_json(path, row)
@@ -319,9 +289,9 @@ def maze2d(run):
     for row, (ms, iqr) in zip(rows[1:], in_turns(calls, turns=10).values(), strict=True):
         row |= {"ms": ms, "ms_iqr": iqr}
     path = run.out / "maze2d.json"
-    about = about | acting | {"dataset": experiment.meta["dataset"], "seed": config.seed}
     gain = paired_gain(maze, *rows[-2:])  # CTD, RACTD
-    result = about | {"horizon": config.horizon, "gain": gain, "rows": rows}
+    result = about | acting | {"dataset": experiment.meta["dataset"], "seed": config.seed}
+    result |= {"horizon": config.horizon, "gain": gain, "rows": rows}
     write_json(path, result)
     print_table(result)
     print(f"All numbers: {path}")
@@ -362,19 +332,18 @@ def main(argv=None):
 
     def command():
         own, rest = parser.parse_known_args(argv)
-        maze = pointmaze.Maze(own.maze)
-        made_here = pointmaze.local_id(maze.name)
-        data = own.data or f"minari:{made_here}"
+        maze = own.maze = pointmaze.Maze(own.maze)
+        made_here = f"minari:{pointmaze.local_id(maze.name)}"
+        data = own.data or made_here
         if own.replan < 0 or not data.startswith("minari:"):
             raise ractd.UserError("--replan must be at least 0, --data minari:ID, a PointMaze set")
         run = parse_planner(rest, f"{PRESET} {FLAGS[maze.name]}".split(), UNUSED, own)
         run.env, run.data = f"maze2d-{maze.name}", data
         ractd.resolve(run)
-        run.maze = maze
         if not run.config.reward_weight:
             raise ractd.UserError("--reward-weight must be more than 0; CTD is a row of its own")
-        make_unet(run.config, [6, 4])  # a wrong size is found before data are made
-        if data == f"minari:{made_here}" and not pointmaze.exists(made_here):
+        ractd.make_unet(run.config, [6, 4])  # a wrong size is found before data are made
+        if data == made_here and not pointmaze.exists(data.removeprefix("minari:")):
             pointmaze.collect(maze)
         maze2d(run)
 

@@ -300,6 +300,8 @@ def read_trajectories(dataset_id):
         what = "has no goals in a plane: a PointMaze set is wanted"
         raise UserError(f"minari:{dataset_id} {what}; its observations are {space}")
     states = [np.float32(x["observation"]) for x in observations]
+    if not states or not all(np.isfinite(x).all() for x in states):
+        raise UserError(f"minari:{dataset_id} is damaged: no episodes, or NaN in them")
     drives = [[states[0]]]
     for state in states[1:]:
         if np.array_equal(drives[-1][-1][-1], state[0]):

@@ -35,6 +35,13 @@ TINY += [f"--{name}-batch=8" for name in ("teacher", "reward", "student")]
 TINY += [f"--{name}-steps=6" for name in ("teacher", "reward", "student")]
 
 
+def pinned_net(config, student=False):
+    """A network whose plans are of states, their ends pinned."""
+    net = ractd.make_unet(config, [6, 4], student)
+    net.pinned = maze2d.PINNED
+    return net
+
+
 @pytest.fixture(autouse=True)
 def sandbox(tmp_path, monkeypatch):
     """Nothing of the user's is read or written."""
@@ -204,19 +211,24 @@ def test_r_learns_that_there_is_nothing_where_no_one_goes():
     optimizer = torch.optim.AdamW(R.parameters(), 2e-3)
     for _ in range(400):
         ractd.train_step(R, R, optimizer, loss_fn, 0.0)
-    goal = torch.tensor([1.0, 0]).expand(3, 2)
+    state = torch.tensor([0, 0, 0, 0, 1.0, 0]).expand(3, 6)  # the goal is (1, 0)
     along = torch.tensor([[-0.6, 0, 0, 0], [0.2, 0, 0, 0], [0.9, 0, 0, 0]])
     beside = along + torch.tensor([0, 0.6, 0, 0])
     with torch.no_grad():
-        on, off = (R(torch.cat([places, goal], dim=1)) for places in (along, beside))
+        on, off = (R(state, places[:, None]) for places in (along, beside))
     assert on[0] < on[1] < on[2] and on[2] > 0.3
     assert off.abs().max() < 0.1
 
 
-def test_the_return_of_a_plan_is_the_mean_over_its_states():
-    plan, state = torch.randn(3, 5, 4), torch.randn(3, 6)
-    value = maze2d.plan_return(lambda x: x[:, 0] + 10 * x[:, 4], state, plan)
-    assert torch.allclose(value, plan[:, :, 0].mean(1) + 10 * state[:, 4])
+def test_the_return_of_a_plan_is_the_mean_over_its_states_and_sees_only_the_goal_beside():
+    torch.manual_seed(0)
+    R, plan, state = maze2d.GoalReward(), torch.randn(3, 5, 4), torch.randn(3, 6)
+    value = R(state, plan)
+    each = torch.stack([R(state, plan[:, i : i + 1]) for i in range(5)], dim=1)
+    assert torch.allclose(value, each.mean(1), atol=1e-6) and each.std() > 0.01
+    elsewhere = torch.cat([torch.randn(3, 4), state[:, 4:]], dim=1)
+    assert torch.equal(R(elsewhere, plan), value)
+    assert not torch.allclose(R(state + torch.tensor([0, 0, 0, 0, 0, 0.1]), plan), value)
 
 
 def test_plans_that_differ_little_are_apart_by_their_squares_and_others_by_their_difference():
@@ -233,7 +245,7 @@ def test_paths_of_the_teacher_go_from_cool_noise_to_where_heuns_method_ends():
     walk = 0.1 * np.random.default_rng(0).normal(size=(60, 4)).cumsum(0).astype(np.float32)
     batches = maze2d.StateBatches([walk], 16, 0.9, torch.device("cpu"))
     config = ractd.Config(horizon=16, channels=(8,))
-    teacher = maze2d.make_unet(config, [6, 4]).requires_grad_(False)
+    teacher = pinned_net(config).requires_grad_(False)
     state, x_T, end = maze2d.teacher_paths(teacher, batches, 0.5, batch=64)
     assert len(state) == len(x_T) == len(end) == 256
     assert x_T[:, 1:-1].std().item() == pytest.approx(40, rel=0.05)
@@ -281,7 +293,7 @@ def test_the_students_loss_adds_weighted_whole_paths_and_hears_r(sigma, monkeypa
     config = dataclasses.replace(config, reward_weight=sigma, student_batch=4)
     drives = [np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)]
     batches = maze2d.StateBatches(drives, 16, 0.9, torch.device("cpu"))
-    teacher, R, seen = maze2d.make_unet(config, [6, 4]), maze2d.GoalReward(), []
+    teacher, R, seen = pinned_net(config), maze2d.GoalReward(), []
     built_on = {"teacher": {"ema": teacher.state_dict()}, "reward": {"ema": R.state_dict()}}
 
     def others(net, average, teacher, reward, state, x0, config, distance):
@@ -301,24 +313,18 @@ def test_the_students_loss_adds_weighted_whole_paths_and_hears_r(sigma, monkeypa
     ((reward, state, x0),) = seen
     assert torch.equal(state[:, :4], x0[:, 0]) and len(x0) == 4
     if sigma:
-        assert torch.allclose(reward(state, x0), maze2d.plan_return(R.eval(), state, x0))
+        assert torch.allclose(reward(state, x0), R.eval()(state, x0))
     else:
         assert reward is None
 
 
-def test_the_paths_are_the_teachers_by_heuns_method_of_seven_points():
+def test_half_of_the_paths_lead_to_goals_of_other_windows():
     torch.manual_seed(0)
     config = ractd.Config(horizon=16, channels=(8,))
     drives = [np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)]
     batches = maze2d.StateBatches(drives, 16, 0.9, torch.device("cpu"))
-    teacher = maze2d.make_unet(config, [6, 4]).eval().requires_grad_(False)
-    paths = maze2d.teacher_paths(teacher, batches, 0.5)
-    state, x_T, end = (x[:5] for x in paths)
-    x, levels = x_T, ractd.karras_sigmas(7).tolist()
-    for t, u in itertools.pairwise(levels):
-        x = ractd.heun_step(lambda x, t: ractd.denoise(teacher, x, t, state), x, t, u)
-    assert torch.allclose(x, end, atol=1e-4)
-    state = paths[0][:256]
+    teacher = pinned_net(config).eval().requires_grad_(False)
+    state = maze2d.teacher_paths(teacher, batches, 0.5)[0][:256]
     rows = (batches.obs[:, None] == state[:, :4]).all(2).float().argmax(0)
     own = (state[:, 4:] == batches.obs[rows + 15, :2]).all(1)  # the goal of the same window
     assert own[128:].all() and own[:128].float().mean() < 0.2  # of 45 windows
@@ -328,8 +334,8 @@ def test_r_sees_the_students_clamped_plan_with_pinned_ends():
     """Eq. 8 on the student's own one-call plan, whose ends are the condition's."""
     torch.manual_seed(0)
     config = ractd.Config(horizon=16, channels=(8,), path_batch=0, grid_points=5, tilted_steps=0)
-    net = maze2d.make_unet(config, [6, 4], student=True)
-    teacher = maze2d.make_unet(config, [6, 4]).requires_grad_(False)
+    net = pinned_net(config, student=True)
+    teacher = pinned_net(config).requires_grad_(False)
     state, x0, seen = torch.rand(8, 6) - 0.5, torch.rand(8, 16, 4) - 0.5, []
 
     def reward(state, plan):
@@ -407,7 +413,7 @@ def test_a_plan_through_a_wall_and_one_with_a_leap_are_told(umaze):
 def test_a_plan_depends_on_its_own_generator_alone_and_on_the_temperature(stage):
     torch.manual_seed(0)
     config = ractd.Config(horizon=16, channels=(8,), nfe=3, grid_points=5, teacher_points=4)
-    net = maze2d.make_unet(config, [6, 4], stage == "student")
+    net = pinned_net(config, stage == "student")
     table = {"obs": torch.tensor([[0.0] * 4, [2.0] * 4])}
     saved = {"stage": stage, "dims": [6, 4], "ema": net.state_dict(), "normalizer": table}
     saved["config"] = dataclasses.asdict(config)
@@ -474,6 +480,8 @@ def test_bad_input_gets_a_sentence(capsys, monkeypatch):
     outside = walk + [9, 0, 0, 0]
     make_set("maze/outside-v0", [np.float32(outside)])
     refused(capsys, maze2d.main([*drive, "--data=minari:maze/outside-v0"]), "another maze")
+    make_set("maze/nan-v0", [np.float32(np.r_[walk, np.full((1, 4), np.nan)])])
+    refused(capsys, maze2d.main([*drive, "--data=minari:maze/nan-v0"]), "damaged", "NaN")
     pointmaze.collect(pointmaze.Maze("umaze"), 20, dataset_id="maze/twenty-v0")
     refused(capsys, maze2d.main([*drive, "--data=minari:maze/twenty-v0"]), "horizon", "21 states")
     code = collect.main(["--env=maze2d-umaze", "--out=maze/twenty-v0", "--steps=9"])
