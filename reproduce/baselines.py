@@ -3,7 +3,7 @@
     python -m reproduce.baselines --env hopper-medium-replay --algorithm iql [--data FILE]
 
 d3rlpy 2.8.1 needs an environment of its own: `pip install torch==2.13.0 d3rlpy==2.8.1`, then `pip
-install -r requirements.txt`, where pip says that d3rlpy wants an older gymnasium: it runs with ours.
+install -r requirements.txt`, where pip says that d3rlpy wants an older gymnasium: ours will do.
 Its own hyperparameters but a batch of 256 and standardised observations; for IQL rewards scaled to
 returns of a range of 1000, as its authors do on these tasks. Acts in the simulator of `ractd.py
 evaluate`, deterministically, after the last step. Writes <out>/baseline_<algorithm>.json.

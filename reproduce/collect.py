@@ -138,7 +138,7 @@ def pick_medium(task, returns):
 
 
 def train_with_snapshots(agent, env, steps, seed):
-    """Train -> (mean returns of five episodes, actor weights) of the snapshots, untrained to last."""
+    """Train -> (mean returns of five episodes, actor weights) of all snapshots, untrained first."""
     returns, weights = [], []
 
     def snapshot():

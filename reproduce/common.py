@@ -21,7 +21,7 @@ COLORS |= {"behaviour cloning": "#56B4E9", "Diffuser": "#009E73", "Trajectory Di
 def make_parser(name, text, others=True):
     """The parser of `python -m reproduce.<name>`; text: the module's docstring.
 
-    others: it takes all flags of `ractd.py distill`, too; else --data, --device, --seed,
+    others: it takes most flags of `ractd.py distill`, too; else --data, --device, --seed,
     --episodes and --first-seed.
     """
     parser = argparse.ArgumentParser(
@@ -52,11 +52,12 @@ def parse_run(parser, argv):
     return run
 
 
-def parse_planner(flags, defaults, unused, own):
-    """The run of a planner's own defaults and the user's flags, both of `ractd.py distill`.
+def parse_planner(flags, defaults, unused, own, tasks=None, folder=""):
+    """The checked run of a planner's own defaults and the user's flags of `ractd.py distill`.
 
     unused: names of Config that mean nothing to it, UserError if one was given; own: the namespace
-    that holds the planner's own flags already. To be completed by `ractd.resolve`.
+    that holds the planner's own flags already; tasks: {part of a task's name: more defaults};
+    folder: what is added to the name of the default folder, runs/<env>.
     """
     given = ractd.build_parser().parse_args(["distill", *flags])
     given.preset = None if given.preset == "default" else given.preset
@@ -64,7 +65,14 @@ def parse_planner(flags, defaults, unused, own):
         if getattr(given, name, None) is not None:
             flag = "--" + name.replace("_", "-")
             raise ractd.UserError(f"{flag} has no meaning for this planner; leave it out")
-    return ractd.build_parser().parse_args(["distill", *defaults, *flags], own)
+    name = str(given.env or given.data).lower()
+    for task, more in (tasks or {}).items():
+        defaults = [*defaults, *(more.split() if task in name else ())]
+    run = ractd.build_parser().parse_args(["distill", *defaults, *flags], own)
+    ractd.resolve(run)
+    if not given.out:
+        run.out = run.out.with_name(run.out.name + folder)
+    return run
 
 
 def run_command(program, command):

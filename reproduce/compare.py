@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import ractd
 from reproduce import diffuser, trajectory_diffuser
@@ -42,106 +41,88 @@ TEACHERS = (80, 20, 10)  # points of Heun
 
 @dataclasses.dataclass
 class Row:
-    """A way to act: act as in `ractd.evaluate`, network calls per action, seconds of training.
+    """A way to act: act as in `ractd.evaluate`, network calls per action, the models called.
 
-    weights: what tells its models from others; how: settings of acting that calls do not tell;
-    plans: network calls per action times candidates.
+    how: settings of acting that calls do not tell; candidates: plans per state; built_on: models
+    that were needed to train these.
     """
 
     label: str
     act: object
     calls: dict
-    train_s: float
-    weights: list
+    models: list
     how: dict = dataclasses.field(default_factory=dict)
     candidates: int = 1
-
-    @property
-    def plans(self):
-        return self.candidates * sum(self.calls.values())
+    built_on: list = dataclasses.field(default_factory=list)
 
 
-class MeanAction:
+class MeanAction(ractd.Policy):
     """Behaviour cloning: the mean of the logged plans in a state, D(x, 80) of the teacher."""
 
-    def __init__(self, teacher, device):
-        self.policy = ractd.Policy(teacher, device=device)
-
-    @torch.inference_mode()
-    def __call__(self, observations, generators):
-        policy = self.policy
-        raw = torch.as_tensor(np.asarray(observations, np.float32), device=policy.device)
-        state = ractd.encode(raw, policy.tables["obs"])
-        noise = state.new_zeros(len(state), *policy.shape)
-        level = policy.level(ractd.SIGMA_MAX)  # made once, as in the other rows
-        plan = ractd.denoise(policy.net, noise, ractd.SIGMA_MAX, state, level=level).clamp(-1, 1)
-        return ractd.decode(plan, policy.tables["action"]).cpu().numpy()
+    def forward(self, observations, noise):
+        t, state = ractd.SIGMA_MAX, ractd.encode(observations, self.tables["obs"])
+        x = state.new_zeros(len(state), *self.shape)
+        plan = ractd.denoise(self.net, x, t, state, level=self.level(t)).clamp(-1, 1)
+        return ractd.decode(plan, self.tables["action"])
 
 
 def ractd_rows(run):
     """Behaviour cloning, the teacher by Heun's method, CTD and RACTD."""
     experiment = Experiment(run)
     teacher = experiment.model("teacher")
-    seconds, weights = teacher["seconds"], [ractd.weights_id(teacher)]
-    act = MeanAction(teacher, run.device)
-    yield Row("behaviour cloning", act, {"denoiser": 1}, seconds, weights)
+    act = MeanAction(teacher, device=run.device).act
+    yield Row("behaviour cloning", act, {"denoiser": 1}, [teacher])
     for n in TEACHERS:
         how = dataclasses.replace(run.config, teacher_points=n)
         policy = ractd.Policy(teacher, how, run.device)
-        yield Row(f"teacher, {n} points", policy.act, {"denoiser": policy.calls}, seconds, weights)
+        yield Row(f"teacher, {n} points", policy.act, {"denoiser": policy.calls}, [teacher])
     for label, changes in (("CTD", {"reward_weight": 0.0}), ("RACTD", {})):
-        student = experiment.student(changes)
-        stages = [] if changes else [experiment.model(stage) for stage in ("reward", "tilted")]
-        total = seconds + sum(model["seconds"] for model in (*stages, student))
+        student, stages = experiment.student(changes), () if changes else ("reward", "tilted")
+        built_on = [teacher, *(experiment.model(stage) for stage in stages)]
         act = ractd.Policy(student, run.config, run.device).act
-        yield Row(label, act, {"student": 1}, total, [ractd.weights_id(student)])
+        yield Row(label, act, {"student": 1}, [student], built_on=built_on)
 
 
 def diffuser_rows(run):
     """Diffuser, guided, replanning at every step, with few candidates and with 64 as published."""
     models = diffuser.train(run)
-    seconds, weights = sum(x["seconds"] for x in models), [ractd.weights_id(x) for x in models]
     for n in run.diffuser_candidates:
         own = copy.copy(run)
         own.config = dataclasses.replace(run.config, candidates=n)
         planner = diffuser.Planner(*models, own)
         calls = {"denoiser": planner.calls, "value gradient": planner.gradients}
         how = {name: getattr(run, name) for name in ("scale", "guides", "stop")}
-        yield Row(f"Diffuser, {n} candidates", planner.act, calls, seconds, weights, how, n)
+        yield Row(f"Diffuser, {n} candidates", planner.act, calls, models, how, n)
 
 
 def trajectory_diffuser_rows(run):
     """Trajectory Diffuser: the draft alone, refined with and without noise, and pure noise."""
-    batches, meta = ractd.load_data(run)
-    models = trajectory_diffuser.train(run, batches, meta)
-    target = float(np.quantile(batches.returns_to_go.cpu().numpy(), run.target_quantile))
-    (small,) = run.sigma
-    parts = {
-        "draft alone": (0.0, True, ("student", "reward")),
-        "refined": (small, True, ("student", "teacher", "reward")),
-        "refined without noise": (small, False, ("student", "teacher", "reward")),
-        "pure noise": (ractd.SIGMA_MAX, True, ("teacher", "reward")),
+    models, target = trajectory_diffuser.train(run)
+    (small,), many = run.sigma, run.points + (run.config.horizon - 1) // 2
+    ways = {  # pure noise: in as many calls as draft and refinement together, or one fewer
+        "draft alone": (0.0, run.points, True),
+        "refined": (small, run.points, True),
+        "refined without noise": (small, run.points, False),
+        "pure noise": (ractd.SIGMA_MAX, many, True),
     }
-    for name, (sigma, noisy, used) in parts.items():
-        # from pure noise in as many calls as draft and refinement together, or one fewer
-        n = run.points + (0 if sigma < ractd.SIGMA_MAX else (run.config.horizon - 1) // 2)
+    for name, (sigma, n, noisy) in ways.items():
         act = trajectory_diffuser.Planner(models, target, sigma, n, noisy, run.device)
         calls = {"draft": act.draft_calls, "denoiser": act.denoiser_calls, "inverse dynamics": 1}
-        seconds = sum(models[stage]["seconds"] for stage in used)
-        weights = [ractd.weights_id(models[stage]) for stage in used]
+        stages = zip(("student", "teacher", "reward"), calls.values(), strict=True)
+        used = [models[stage] for stage, n in stages if n]
         how = {"sigma": sigma, "noise": noisy, "target_quantile": run.target_quantile}
-        yield Row(f"Trajectory Diffuser, {name}", act, calls, seconds, weights, how)
+        yield Row(f"Trajectory Diffuser, {name}", act, calls, used, how)
 
 
-def measure(row, run, meta, ms, episodes):
+def measure(row, run, data, ms, episodes):
     """The row's numbers, its score kept in <out>/compare_<label>_*.json; 0 episodes: no score."""
-    about = {"label": row.label, "calls": row.calls, "train_s": row.train_s}
+    seconds = sum(model["seconds"] for model in (*row.built_on, *row.models))
+    about = {"label": row.label, "calls": row.calls, "train_s": seconds}
     about |= {"episodes": episodes, "first_seed": run.config.first_seed}
-    about |= {"weights": row.weights, "how": row.how}
+    about |= {"weights": [ractd.weights_id(model) for model in row.models], "how": row.how}
     if episodes:
         print(f"\n== {row.label}", flush=True)
-        name = f"compare_{file_label(row.label)}"
-        about = kept_score(name, about, run, row.act, meta["dataset"])
+        about = kept_score(f"compare_{file_label(row.label)}", about, run, row.act, data)
     return about | {"ms": ms[0], "ms_iqr": ms[1]}
 
 
@@ -152,22 +133,22 @@ def compare(runs, slow, slow_episodes, skip=math.inf):
     """
     makers = (ractd_rows, diffuser_rows, trajectory_diffuser_rows)
     rows = [row for maker, run in zip(makers, runs, strict=True) for row in maker(run)]
-    run = runs[0]
-    meta = ractd.load_checkpoint(run.out / "teacher.pt", "teacher")
-    observations = np.zeros((1, meta["dims"][0]), np.float32)
+    run, teacher = runs[0], rows[0].models[0]
+    data, observations = teacher["dataset"], np.zeros((1, teacher["dims"][0]), np.float32)
     generators = [np.random.default_rng(0)]
     print("time per action", flush=True)
     calls = {row.label: lambda act=row.act: act(observations, generators) for row in rows}
     times, few = in_turns(calls, turns=20), min(slow_episodes, run.config.episodes)
     numbers = []
     for row in rows:
-        episodes = 0 if row.plans > skip else few if row.plans > slow else run.config.episodes
-        numbers.append(measure(row, run, meta, times[row.label], episodes))
-    about = {"env": run.env, "dataset": meta["dataset"], "seed": run.config.seed}
-    result = about | {"device": device_name(run.device), "rows": numbers}
+        plans = row.candidates * sum(row.calls.values())  # that a network sees for an action
+        episodes = 0 if plans > skip else few if plans > slow else run.config.episodes
+        numbers.append(measure(row, run, data, times[row.label], episodes))
+    about = {"env": run.env, "dataset": data, "seed": run.config.seed}
+    about |= {"device": device_name(run.device)}
     path = run.out / "compare.json"
-    write_json(path, result)
-    title = f"{data_label(run.env, meta['dataset'])}; {result['device']}"
+    write_json(path, about | {"rows": numbers})
+    title = f"{data_label(run.env, data)}; {about['device']}"
     unit = numbers[0].get("unit", "score")
     print(f"\n{title}\n{'':44}{unit:>18}  episodes  ms/action  training s   calls per action")
     for row in numbers:
@@ -214,9 +195,8 @@ def main(argv=None):
         if min(own.slow_episodes, *own.diffuser_candidates) < 1:
             raise ractd.UserError("--slow-episodes, --diffuser-candidates must be at least 1")
         out = own.out or Path("runs") / f"{own.env.replace('/', '-')}-compare"
-        common = [f"--env={own.env}", f"--data={own.data}", f"--device={own.device}"]
-        common += [f"--seed={own.seed}", f"--first-seed={own.first_seed}"]
-        common += [f"--episodes={own.episodes}"]
+        names = ("env", "data", "device", "seed", "episodes", "first_seed")
+        common = [f"--{name.replace('_', '-')}={getattr(own, name)}" for name in names]
         run = ractd.build_parser().parse_args(["distill", *common, f"--out={out}"])
         ractd.resolve(run)
         runs = [run, diffuser.parse([*common, f"--out={out / 'diffuser'}"])]

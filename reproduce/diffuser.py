@@ -3,13 +3,12 @@
     python -m reproduce.diffuser --env hopper-medium-replay [--data FILE] [--candidates 64]
 
 What RACTD's paper argues against. A plan is H actions and states side by side, its first state
-pinned. A value model, trained on noisy plans, guides the sampling: 20 ancestral steps, each after
-two gradient steps on the value, for all candidates; the first action of the one with the best value
-is carried out, and the rest thrown away. Trains what is missing in <out> (default:
+pinned. A value model, trained on noisy plans, guides the sampling: 20 ancestral steps, all but the
+last two after two gradient steps on the value. The first action of the candidate of the highest
+value is carried out, and the rest thrown away. Trains what is missing in <out> (default:
 runs/<env>-diffuser), teacher.pt, the denoiser, and reward.pt, the value; keeps its score in
 <out>/score_diffuser_*.json. The value is scaled to [-1, 1], so that --scale is in other units than
-the published 0.1; 0.5 was chosen on Hopper. Flags of `python ractd.py distill` that mean something
-here are taken too, with these defaults:
+the published 0.1; 0.5 was chosen on Hopper. Defaults where `python ractd.py distill` has others:
 """
 
 import copy
@@ -22,17 +21,11 @@ import numpy as np
 import torch
 
 import ractd
-from reproduce.common import (
-    Experiment,
-    data_label,
-    kept_score,
-    make_parser,
-    parse_planner,
-    run_command,
-)
+from reproduce.common import data_label, kept_score, make_parser, parse_planner, run_command
 
-# gamma as published, H 32 but 4 for halfcheetah; the rest at the size of ractd.py's default
-PRESET = "--gamma 0.997 --candidates 64 --temperature 1 --reward-actions 1"
+# gamma and H as published; the rest at the size of ractd.py's default
+PRESET = "--horizon 32 --gamma 0.997 --candidates 64 --temperature 1 --reward-actions 1"
+TASKS = {"halfcheetah": "--horizon 4 --patch 1"}
 UNUSED = """distance reward_target reward_actions reward_networks tilted_steps student_steps
 student_batch student_lr student_warmup grid_points target_decay path_batch ctm_weight dsm_weight
 reward_weight dsm_target nfe"""  # fields of Config
@@ -50,40 +43,32 @@ class JointBatches(ractd.Batches):
 
     def windows(self, batch):
         """First states (B, O), plans (B, H, A + O), scaled return-to-go of their starts (B,)."""
-        draw = torch.randint(len(self.starts), (batch,), device=self.starts.device)
-        starts = self.starts[draw]
+        starts = self.starts[torch.randint(len(self.starts), (batch,), device=self.obs.device)]
         chunk = starts[:, None] + self.chunk
         plans = torch.cat([self.actions[chunk], self.obs[chunk]], dim=2)
         return self.obs[starts], plans, self.returns_to_go[starts]
 
 
-def load_joint(run):
-    """The data of a run -> (JointBatches, meta), as `ractd.load_data`."""
-    batches, meta = ractd.load_data(run, JointBatches)
-    return batches, meta | {"plan": "actions and states"}
-
-
-class Value(ractd.UNet1d):
-    """V(x, t): the mean over the output of a U-Net, which sees the first state clean: (B,)."""
-
-    def forward(self, x, t, state, level=None):
-        *_, c_in, embedding = level or ractd.precondition(self, t)
-        return super().forward(self.pin(c_in * x, state), embedding, state).mean((1, 2))
-
-
-def make_net(config, dims, kind=ractd.UNet1d):
-    """The denoiser's network, or a Value, of a plan of actions and states; dims: (O, A)."""
+def make_net(config, dims):
+    """The U-Net of the denoiser or the value, over actions and states; dims: (O, A)."""
     ractd.make_unet(config, dims)  # checks the sizes
-    state, action = dims
+    states, actions = dims
     size = (config.channels, config.kernel, config.blocks, config.patch)
-    net = kind(action + state, state, *size)
-    net.pinned = tuple((0, action + i) for i in range(state))
+    net = ractd.UNet1d(actions + states, states, *size)
+    net.pinned = tuple((0, actions + i) for i in range(states))
     return net
+
+
+def value_of(net, x, t, state, level=None):
+    """The value V(x, t), the mean of the U-Net's output: (B,). Arguments as of `ractd.denoise`."""
+    *_, c_in, embedding = level or ractd.precondition(net, t)
+    return net(net.pin(c_in * x, state), embedding, state).mean((1, 2))
 
 
 def diffuser_loss(stage, config, batches, dims, _):
     """(network, loss_fn(net, average)) of the denoiser and the value, as `ractd.stage_loss`."""
     device = batches.obs.device
+    net = make_net(config, dims).to(device)
     importance = torch.ones(config.horizon, sum(dims), device=device)
     importance[0, : dims[1]] = 10.0  # of the action that is carried out, as published
     levels = cosine_sigmas().to(importance)  # the last one: where candidates are compared
@@ -101,23 +86,20 @@ def diffuser_loss(stage, config, batches, dims, _):
         state, x0, target = batches.windows(config.reward_batch)
         t = levels[torch.randint(len(levels), (len(x0),), device=device)]
         x_t = x0 + ractd.expand(t) * torch.randn_like(x0)
-        return (net(x_t, t, state) - target).square().mean(), {}
+        return (value_of(net, x_t, t, state) - target).square().mean(), {}
 
-    if stage == "reward":
-        return make_net(config, dims, Value).to(device), value_loss
-    return make_net(config, dims).to(device), denoiser_loss
+    return net, value_loss if stage == "reward" else denoiser_loss
 
 
-def cosine_sigmas(n=20, smin=ractd.SIGMA_MIN, smax=ractd.SIGMA_MAX, shift=0.008):
+def cosine_sigmas(n=20, shift=0.008):
     """The noise levels of Diffuser's cosine schedule, descending, then smin: (n + 1,) float64.
 
-    sigma = sqrt((1 - abar) / abar) (Nichol, Dhariwal 2021); the first one, where abar = 0, is smax.
+    sigma = sqrt((1 - abar) / abar) (Nichol, Dhariwal 2021); 80 where abar = 0, the first one.
     """
-    i = torch.arange(n, 0, -1, dtype=torch.float64)
-    abar = torch.cos((i / n + shift) / (1 + shift) * math.pi / 2) ** 2
-    abar = abar / math.cos(shift / (1 + shift) * math.pi / 2) ** 2
-    sigmas = ((1 - abar) / abar.clamp(min=1e-12)).sqrt().clamp(smin, smax)
-    return torch.cat([sigmas, sigmas.new_tensor([smin])])
+    i = torch.arange(n, -1, -1, dtype=torch.float64)
+    squares = torch.cos((i / n + shift) / (1 + shift) * math.pi / 2) ** 2
+    abar = squares / squares[-1]
+    return ((1 - abar) / abar.clamp(min=1e-12)).sqrt().clamp(ractd.SIGMA_MIN, ractd.SIGMA_MAX)
 
 
 def ancestral_step(x, x0, t, u, noise):
@@ -128,7 +110,7 @@ def ancestral_step(x, x0, t, u, noise):
     return x0 + (u / t) ** 2 * (x - x0) + u * math.sqrt(1 - (u / t) ** 2) * noise
 
 
-def guided_sample(denoiser, value, x, sigmas, noise, scale=0.5, guides=2, stop=2):
+def guided_sample(denoiser, value, x, sigmas, noise, scale, guides, stop):
     """Diffuser's sampling: x (B, H, D) at sigmas[0] -> x at sigmas[-1].
 
     denoiser: callable (x, t) -> x0; value: callable (x, t) -> (B,); noise: callable, x -> N(0, 1)
@@ -154,23 +136,17 @@ class Planner:
     """Denoiser and value, loaded, acting: raw observations in, raw actions out."""
 
     def __init__(self, denoiser, value, run):
-        self.run, config, dims = run, run.config, denoiser["dims"]
-        self.net, self.value = (
-            make_net(config, dims, kind).to(run.device).eval().requires_grad_(False)
-            for kind in (ractd.UNet1d, Value)
-        )
-        self.net.load_state_dict(denoiser["ema"])
-        self.value.load_state_dict(value["ema"])
+        self.run, dims, self.nets = run, denoiser["dims"], []
+        for model in (denoiser, value):
+            net = make_net(run.config, dims).to(run.device)
+            net.eval().requires_grad_(False).load_state_dict(model["ema"])
+            level = functools.cache(functools.partial(ractd.precondition, net))  # for all states
+            self.nets.append((net, level))
         self.tables = {name: x.to(run.device) for name, x in denoiser["normalizer"].items()}
-        self.shape, self.actions = (config.horizon, sum(dims)), dims[1]
-        self.sigmas = cosine_sigmas()
+        self.shape, self.actions = (run.config.horizon, sum(dims)), dims[1]
+        self.sigmas, self.guides = cosine_sigmas(), run.guides if run.scale else 0
         self.calls = len(self.sigmas) - 1
-        # the same for all states, so made once
-        self.levels = [
-            functools.cache(functools.partial(ractd.precondition, net))
-            for net in (self.net, self.value)
-        ]
-        self.gradients = run.guides * (self.calls - run.stop) if run.scale else 0
+        self.gradients = self.guides * (self.calls - run.stop)
 
     def act(self, observations, generators):
         """(B, O), B numpy Generators -> plans of one action (B, 1, A), for `ractd.evaluate`."""
@@ -183,12 +159,11 @@ class Planner:
 
         raw = torch.as_tensor(np.asarray(observations, np.float32), device=run.device)
         state = ractd.encode(raw, self.tables["obs"]).repeat_interleave(n, 0)
-        of_denoiser, of_value = self.levels
-        denoiser = lambda x, t: ractd.denoise(self.net, x, t, state, level=of_denoiser(t))
-        value = lambda x, t: self.value(x, t, state, of_value(t))
-        x_T = ractd.SIGMA_MAX * noise(None)
-        guides = run.guides if run.scale else 0
-        x = guided_sample(denoiser, value, x_T, self.sigmas, noise, run.scale, guides, run.stop)
+        (D, D_level), (V, V_level) = self.nets
+        denoiser = lambda x, t: ractd.denoise(D, x, t, state, level=D_level(t))
+        value = lambda x, t: value_of(V, x, t, state, V_level(t))
+        x_T, how = ractd.SIGMA_MAX * noise(None), (run.scale, self.guides, run.stop)
+        x = guided_sample(denoiser, value, x_T, self.sigmas, noise, *how)
         with torch.no_grad():
             best = value(x, self.sigmas[-1].item()).reshape(-1, n).argmax(1)
         first = x.reshape(-1, n, *self.shape)[torch.arange(len(best)), best, :1, : self.actions]
@@ -197,17 +172,18 @@ class Planner:
 
 def train(run):
     """The finished checkpoints of denoiser and value, from the run's folder or trained now."""
-    experiment = Experiment(run, load_joint, diffuser_loss)
-    return experiment.model("teacher"), experiment.model("reward")
+    batches, meta = ractd.load_data(run, JointBatches)
+    how = (batches, meta | {"plan": "actions and states"}, {}, diffuser_loss)
+    return [ractd.load_or_train(run, stage, *how) for stage in ("teacher", "reward")]
 
 
 def diffuser(run):
     """Train what is missing, score, write the numbers, print the row."""
-    config, (denoiser, value) = run.config, train(run)
-    planner, data = Planner(denoiser, value, run), denoiser["dataset"]
+    config, models = run.config, train(run)
+    planner, data = Planner(*models, run), models[0]["dataset"]
     about = {"method": "Diffuser", "seed": config.seed, "calls": planner.calls}
-    about |= {"gradients": planner.gradients, "train_s": denoiser["seconds"] + value["seconds"]}
-    about |= {"weights": [ractd.weights_id(denoiser), ractd.weights_id(value)]}
+    about |= {"gradients": planner.gradients, "train_s": sum(x["seconds"] for x in models)}
+    about |= {"weights": [ractd.weights_id(x) for x in models]}
     about |= {name: getattr(run, name) for name in ("scale", "guides", "stop")}
     how = ("candidates", "episodes", "first_seed", "temperature")
     about |= {name: getattr(config, name) for name in how}
@@ -221,24 +197,16 @@ def diffuser(run):
 
 def parse(argv=None):
     """The run that a command line describes, checked."""
-    parser = make_parser("diffuser", f"{__doc__}{PRESET}\n--horizon 32 (halfcheetah: 4, --patch 1)")
+    each = "".join(f"\n{task}: {flags}" for task, flags in TASKS.items())
+    parser = make_parser("diffuser", f"{__doc__}{PRESET}{each}")
     add = parser.add_argument
     add("--scale", type=float, default=0.5, help="of the guidance; 0: none (default: 0.5)")
     add("--guides", type=int, default=2, help="gradient steps in a sampling step (default: 2)")
     add("--stop", type=int, default=2, help="last sampling steps without them (default: 2)")
     own, rest = parser.parse_known_args(argv)
-    if not (0 <= own.scale < math.inf and own.guides >= 0 and 0 <= own.stop <= 20):
-        raise ractd.UserError("--scale and --guides must be at least 0, --stop from 0 to 20")
-    run = parse_planner(rest, PRESET.split(), UNUSED, own)
-    short, out_given = "halfcheetah" in str(run.env or run.data).lower(), run.out
-    if run.horizon is None:
-        run.horizon = 4 if short else 32
-    if run.patch is None and short:
-        run.patch = 1
-    ractd.resolve(run)
-    if not out_given:
-        run.out = run.out.with_name(f"{run.out.name}-diffuser")
-    return run
+    if not (0 <= own.scale <= 1000 and own.guides >= 0 and 0 <= own.stop <= 20):
+        raise ractd.UserError("--scale must be 0 to 1000, --guides at least 0, --stop 0 to 20")
+    return parse_planner(rest, PRESET.split(), UNUSED, own, TASKS, "-diffuser")
 
 
 def main(argv=None):

@@ -337,9 +337,8 @@ def main(argv=None):
         data = own.data or made_here
         if own.replan < 0 or not data.startswith("minari:"):
             raise ractd.UserError("--replan must be at least 0, --data minari:ID, a PointMaze set")
-        run = parse_planner(rest, f"{PRESET} {FLAGS[maze.name]}".split(), UNUSED, own)
-        run.env, run.data = f"maze2d-{maze.name}", data
-        ractd.resolve(run)
+        defaults = f"{PRESET} {FLAGS[maze.name]} --env maze2d-{maze.name}".split()
+        run = parse_planner(rest, [*defaults, f"--data={data}"], UNUSED, own)
         if not run.config.reward_weight:
             raise ractd.UserError("--reward-weight must be more than 0; CTD is a row of its own")
         ractd.make_unet(run.config, [6, 4])  # a wrong size is found before data are made

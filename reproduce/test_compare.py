@@ -74,7 +74,7 @@ def test_behaviour_cloning_is_the_denoiser_at_the_highest_noise(runs):
     run = runs[0]
     teacher = compare.Experiment(run).model("teacher")
     observations = np.random.default_rng(0).normal(size=(3, 11))
-    plans = compare.MeanAction(teacher, run.device)(observations, None)
+    plans = compare.MeanAction(teacher, device=run.device).act(observations, None)
     policy = ractd.Policy(teacher)
     state = ractd.encode(torch.tensor(observations).float(), policy.tables["obs"])
     t = torch.full((3,), 80.0)

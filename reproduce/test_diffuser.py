@@ -1,5 +1,6 @@
 """Tests of Diffuser against closed forms for Gaussian data: python -m pytest -q."""
 
+import functools
 import itertools
 import json
 import math
@@ -111,7 +112,8 @@ def test_windows_are_actions_and_states_of_one_episode_and_their_return():
 def test_the_first_state_is_pinned_and_the_value_hears_plan_state_and_level():
     torch.manual_seed(0)
     config = ractd.Config(horizon=8, channels=(8,), patch=1)
-    net, V = (diffuser.make_net(config, (4, 2), kind) for kind in (ractd.UNet1d, diffuser.Value))
+    net = diffuser.make_net(config, (4, 2))
+    V = functools.partial(diffuser.value_of, net)
     x, state = 80 * torch.randn(5, 8, 6), torch.rand(5, 4)
     assert torch.equal(ractd.denoise(net, x, 80.0, state)[:, 0, 2:], state)
     base, moved = V(x, 3.0, state), x.clone()
@@ -122,8 +124,8 @@ def test_the_first_state_is_pinned_and_the_value_hears_plan_state_and_level():
         assert not torch.allclose(other, base, atol=1e-6)
 
 
-def test_the_value_is_trained_at_every_level_where_it_is_asked():
-    def net(x, t, state):
+def test_the_value_is_trained_at_every_level_where_it_is_asked(monkeypatch):
+    def value_of(net, x, t, state):
         seen.append((x, t))
         return x.mean((1, 2))
 
@@ -134,7 +136,8 @@ def test_the_value_is_trained_at_every_level_where_it_is_asked():
     torch.manual_seed(0)
     seen, config = [], ractd.Config(horizon=8, channels=(8,), patch=1, reward_batch=2000)
     _, loss = diffuser.diffuser_loss("reward", config, Constant, (2, 1), None)
-    loss(net, None)
+    monkeypatch.setattr(diffuser, "value_of", value_of)
+    loss(None, None)
     ((x, t),) = seen
     levels = diffuser.cosine_sigmas().float()
     assert torch.isin(t, levels).all()
@@ -159,8 +162,8 @@ def test_end_to_end_trains_once_and_writes_every_number(log, capsys, monkeypatch
     assert json.loads(path.read_text())["returns"] == result["returns"]
     assert diffuser.main([*command, "--gamma=0.9"]) == 2
     assert "gamma: 0.997 in the file, 0.9 asked" in capsys.readouterr().err
-    best = diffuser.Value.forward
-    monkeypatch.setattr(diffuser.Value, "forward", lambda *inputs: -best(*inputs))
+    best = diffuser.value_of
+    monkeypatch.setattr(diffuser, "value_of", lambda *inputs: -best(*inputs))
     path.unlink()
     assert diffuser.main(command) == 0  # the worst candidate, guided downwards
     assert json.loads(path.read_text())["returns"] != result["returns"]

@@ -35,10 +35,10 @@ def refused(capsys, code, *words):
 
 
 def make_data(observations, actions, lengths):
-    """`ractd.Batches` of rows in episodes of these lengths, with rewards of 1; H = 8."""
+    """`StateBatches` of rows in episodes of these lengths, with rewards of 1; H = 8."""
     ends = np.isin(range(len(observations)), np.cumsum(lengths) - 1)
     columns = [observations, actions, np.ones(len(ends)), np.zeros(len(ends)), ends]
-    return ractd.Batches(ractd.Dataset("test", "file", columns), horizon=8)
+    return td.StateBatches(ractd.Dataset("test", "file", columns), 8)
 
 
 def trained(stage, batches, steps, causal=True, lr=3e-3):
@@ -61,13 +61,12 @@ def test_windows_and_pairs_equal_brute_force_and_stay_in_one_episode():
     lengths, row = [20, 5, 8, 1, 30], np.arange(64)
     observations, actions = np.stack([row, row**2], axis=1), np.stack([row, -row], axis=1)
     batches = make_data(observations, actions, lengths)
-    data, tables = td.StateBatches(batches), batches.normalizer
-    ends = np.cumsum(lengths)
+    tables, ends = batches.normalizer, np.cumsum(lengths)
     spans = [range(end - n, end) for n, end in zip(lengths, ends, strict=True)]
     starts = {i for span in spans for i in span if i + 8 <= span.stop}
     followed = {i for span in spans for i in span[:-1]}
 
-    tokens = data.windows(2000)
+    tokens = batches.windows(2000)
     assert tokens.shape == (2000, 8, 3)
     raw = ractd.decode(tokens[..., :2], tables["obs"]).round().int()
     rows = raw[..., 0]
@@ -75,14 +74,14 @@ def test_windows_and_pairs_equal_brute_force_and_stay_in_one_episode():
     assert (rows == rows[:, :1] + torch.arange(8)).all() and (raw[..., 1] == rows**2).all()
     assert torch.equal(tokens[..., 2], batches.returns_to_go[rows])
 
-    state, following, action = data.pairs(2000)
+    state, following, action = batches.pairs(2000)
     here, there = (ractd.decode(x, tables["obs"])[:, 0].round() for x in (state, following))
     assert set(here.int().tolist()) == followed and torch.equal(there, here + 1)
     assert torch.allclose(ractd.decode(action, tables["action"])[:, 0], here, atol=1e-3)
 
     changes = [batches.obs[i + 1] - batches.obs[i] for i in sorted(followed)]
-    assert torch.allclose(data.scale[1], torch.stack(changes)[:, 1].std(), rtol=1e-4)
-    assert data.scale[0] == 1  # the row grows by the same in all steps: nothing to scale
+    assert torch.allclose(batches.scale[1], torch.stack(changes)[:, 1].std(), rtol=1e-4)
+    assert batches.scale[0] == 1  # the row grows by the same in all steps: nothing to scale
 
 
 # ---- Draft --------------------------------------------------------------------------------------
@@ -290,8 +289,7 @@ def test_parts_are_trained_on_the_states_given_the_first_token_and_know_their_sc
     (rows,) = torch.where((x0[:, :1] == batches.obs).all(2))[1:]
     assert torch.equal(token[:, :4], x0[:, 0])
     assert torch.equal(token[:, 4], batches.returns_to_go[rows])
-    scale = td.StateBatches(batches).scale
-    for stage, part in (("student", scale), ("reward", scale[:4])):
+    for stage, part in (("student", batches.scale), ("reward", batches.scale[:4])):
         assert torch.equal(td.stage_loss(stage, config, batches, [4, 2], {})[0].scale, part)
 
 
@@ -396,7 +394,7 @@ def test_bad_input_gets_a_sentence(log, capsys):
         "--horizon=1 --horizon 2 or more",
         "--horizon=0 --horizon",
         "--horizon=9 multiple of patch",
-        "--channels=6 --channels 4 heads",
+        "--channels=6 --channels multiple of 4",
         "--student-steps=0 --student-steps",
         "--data=none.hdf5 none.hdf5",
     ):

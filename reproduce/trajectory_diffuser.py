@@ -3,22 +3,21 @@
     python -m reproduce.trajectory_diffuser --env hopper-medium-replay [--data FILE]
     python -m reproduce.trajectory_diffuser --env hopper-medium-replay --sigma 0 0.04 0.25 1 80
 
-Three parts are trained apart, as the stages of `ractd.fit` whose flags (--student-steps, ...) and
-file names in <out> they have:
+Three parts are trained apart, as stages whose flags (--student-steps, ...) and files they have:
 
     student   draft               causal Transformer over (state, return-to-go), a call per step
     teacher   refinement          EDM denoiser of the next H states, the first one pinned
     reward    inverse dynamics    the action that leads from one state to the next
 
 An action takes H - 1 draft calls and 2 n - 3 denoiser calls, but only the plan's second state gets
-to it: unrefined, the first draft call alone would give the same action. At --sigma 80 nothing would
-be left of a draft, and none is made: plain diffusion. The return-to-go asked for is a quantile of
-the data's, always the same, as the return is discounted. (Released: undiscounted, and what was
-earned is taken off.) Unlike the released code, the draft is trained without a look at what it is to
-predict (--no-mask: as released), and before it is refined noise is added to it, as a denoiser has
-seen nothing else (--no-noise: as released, there at a level of about 0.04 in units of this one).
-What is finished is not repeated. The width of the draft is the last of --channels. Flags of `python
-ractd.py distill` that mean something here are taken too, with these defaults:
+to it: unrefined, the first draft call alone would give the same action. At --sigma 80 noise would
+leave nothing of a draft, and none is made: plain diffusion. The return-to-go asked for is a
+quantile of the data's, always the same, as the return is discounted. (Released: undiscounted, and
+what was earned is taken off.) Unlike the released code, the draft is trained without a look at what
+it is to predict (--no-mask: as released), and before it is refined noise is added to it, as a
+denoiser has seen nothing else (--no-noise: as released, there at a level of about 0.04 in units of
+this one). The width of the draft is the last of --channels. Defaults where `python ractd.py
+distill` has others:
 """
 
 import copy
@@ -31,51 +30,41 @@ import torch
 from torch import nn
 
 import ractd
-from reproduce.common import (
-    data_label,
-    kept_score,
-    make_parser,
-    parse_planner,
-    run_command,
-)
+from reproduce.common import data_label, kept_score, make_parser, parse_planner, run_command
 
 PARTS = {"teacher": "refinement", "reward": "inverse dynamics", "student": "draft"}  # by stage
-HORIZONS = {"halfcheetah": 8, "hopper": 16, "walker2d": 32}  # as released; other tasks: 16
 DEFAULTS = "--student-steps 5000 --student-batch 64 --reward-steps 10000 --reward-actions 1"
+TASKS = {"halfcheetah": "--horizon 8", "walker2d": "--horizon 32"}  # as released
 UNUSED = """distance reward_target reward_actions reward_networks gamma tilted_steps grid_points
 target_decay path_batch ctm_weight dsm_weight reward_weight dsm_target nfe temperature
 candidates"""  # fields of Config
-# lower than ractd.py's: actions are read off the change of a state in one step, which is small
-SMIN = 0.002
+SMIN = 0.002  # lower than ractd.py's: actions are read off the small change of a state in one step
 
 
-class StateBatches:
-    """Tokens (state, return-to-go) of `ractd.Batches`, N rows, where windows and pairs are drawn.
+class StateBatches(ractd.Batches):
+    """A dataset as `ractd.Batches`, where windows and pairs of states are drawn.
 
-    tokens (N, O + 1), actions (N, A): scaled to [-1, 1]; scale (O + 1,): how much a token changes
-    in one step, the standard deviation.
+    tokens (N, O + 1): states and returns-to-go; scale (O + 1,): how much a token changes in one
+    step, the standard deviation.
     """
 
-    def __init__(self, batches):
-        self.tokens = torch.cat([batches.obs, batches.returns_to_go[:, None]], dim=1)
-        self.actions, self.starts, self.chunk = batches.actions, batches.starts, batches.chunk
+    def __init__(self, *how):
+        super().__init__(*how)
+        self.tokens = torch.cat([self.obs, self.returns_to_go[:, None]], dim=1)
         rows = torch.arange(len(self.tokens), device=self.tokens.device)
-        self.followed = rows[rows < batches.lasts]  # by a row of the same episode
+        self.followed = rows[rows < self.lasts]  # by a row of the same episode
         std = (self.tokens[self.followed + 1] - self.tokens[self.followed]).std(0)
         self.scale = torch.where(std > 1e-6, std, 1.0)  # a constant column stays
 
-    def draw(self, rows, batch):
-        """Some of the rows, each as likely: (B,)."""
-        return rows[torch.randint(len(rows), (batch,), device=rows.device)]
-
     def windows(self, batch):
         """Tokens of random windows inside one episode: (B, H, O + 1)."""
-        return self.tokens[self.draw(self.starts, batch)[:, None] + self.chunk]
+        starts = self.starts[torch.randint(len(self.starts), (batch,), device=self.obs.device)]
+        return self.tokens[starts[:, None] + self.chunk]
 
     def pairs(self, batch):
         """Random steps inside one episode: state (B, O), next state (B, O), action (B, A)."""
-        rows = self.draw(self.followed, batch)
-        return self.tokens[rows, :-1], self.tokens[rows + 1, :-1], self.actions[rows]
+        rows = self.followed[torch.randint(len(self.followed), (batch,), device=self.obs.device)]
+        return self.obs[rows], self.obs[rows + 1], self.actions[rows]
 
 
 class Draft(nn.Module):
@@ -87,16 +76,13 @@ class Draft(nn.Module):
 
     def __init__(self, dim, horizon, width, causal=True):
         super().__init__()
-        self.causal, size = causal, {"nhead": 4, "dim_feedforward": 4 * width, "dropout": 0.0}
+        self.causal = causal
         self.register_buffer("scale", torch.ones(dim))
         self.embed = nn.Linear(dim, width)
         self.positions = nn.Parameter(0.02 * torch.randn(horizon, width))
-        self.layers = nn.ModuleList(  # nn.TransformerEncoder would give them all the same weights
-            nn.TransformerEncoderLayer(
-                width, **size, activation="gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(4)
-        )
+        how = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+        layers = (nn.TransformerEncoderLayer(width, 4, 4 * width, **how) for _ in range(4))
+        self.layers = nn.ModuleList(layers)  # nn.TransformerEncoder: all with the same weights
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim))
 
     def forward(self, tokens):
@@ -120,7 +106,7 @@ def rollout(model, token, horizon):
     return tokens
 
 
-def refine(denoiser, draft, sigma, n=3, noise=0.0):
+def refine(denoiser, draft, sigma, n, noise=0.0):
     """A draft (B, H, O), taken for a plan at noise level sigma, brought to smin in 2 n - 3 calls.
 
     denoiser: callable (x, t) -> x0; noise: N(0, 1) like the draft, or 0. For plans of N(0, s^2)
@@ -161,11 +147,11 @@ def make_network(stage, config, dims, causal=True):
 
 def stage_loss(stage, config, batches, dims, _, causal=True):
     """(network, loss_fn(net, average)) of a part, in place of `ractd.stage_loss`."""
-    data, device = StateBatches(batches), batches.obs.device
+    device = batches.obs.device
     net = make_network(stage, config, dims, causal).to(device)
 
     def refinement_loss(net, _):
-        tokens = data.windows(config.teacher_batch)
+        tokens = batches.windows(config.teacher_batch)
         x0, condition = tokens[..., :-1], tokens[:, 0]  # (B, H, O), (B, O + 1)
         t, noise = ractd.lognormal_levels(len(x0), device, smin=SMIN), torch.randn_like(x0)
         level = ractd.precondition(net, t, smin=SMIN)
@@ -173,22 +159,23 @@ def stage_loss(stage, config, batches, dims, _, causal=True):
         return ractd.edm_loss(denoiser, x0, t, noise), {}
 
     def inverse_dynamics_loss(net, _):
-        state, following, action = data.pairs(config.reward_batch)
+        state, following, action = batches.pairs(config.reward_batch)
         return (net(state, following) - action).square().mean(), {}
 
     def draft_loss(net, _):
-        tokens = data.windows(config.student_batch)
-        error = (net(tokens[:, :-1]) - tokens[:, 1:]) / data.scale  # 1: that of the mean change
+        tokens = batches.windows(config.student_batch)
+        error = (net(tokens[:, :-1]) - tokens[:, 1:]) / batches.scale  # 1: that of the mean change
         return error.square().mean(), {}
 
     if stage == "teacher":
         return net, refinement_loss
-    net.scale.copy_(data.scale[: len(net.scale)])
+    net.scale.copy_(batches.scale[: len(net.scale)])
     return net, inverse_dynamics_loss if stage == "reward" else draft_loss
 
 
-def train(run, batches, meta):
-    """The finished checkpoints of the parts, by stage: from the run's folder or trained now."""
+def train(run):
+    """The finished checkpoints of the parts, by stage, and the scaled return-to-go to ask for."""
+    batches, meta = ractd.load_data(run, StateBatches)
     models, make = {}, functools.partial(stage_loss, causal=not run.no_mask)
     for stage, part in PARTS.items():
         own = copy.copy(run)
@@ -198,7 +185,7 @@ def train(run, batches, meta):
         about = meta | {"env": own.env, "plan": "states", "causal": not run.no_mask}
         print(f"\n== {part}", flush=True)
         models[stage] = ractd.load_or_train(own, stage, batches, about, {}, make)
-    return models
+    return models, float(np.quantile(batches.returns_to_go.cpu().numpy(), run.target_quantile))
 
 
 class Planner:
@@ -215,22 +202,19 @@ class Planner:
         for stage, model in models.items():
             net = self.nets[stage] = make_network(stage, config, dims, causal).to(device)
             net.eval().requires_grad_(False).load_state_dict(model["ema"])
-        tables = models["teacher"]["normalizer"]
-        self.obs_table, self.action_table = (tables[x].to(device) for x in ("obs", "action"))
+        self.tables = {x: table.to(device) for x, table in models["teacher"]["normalizer"].items()}
         self.target, self.sigma, self.n, self.noisy, self.device = target, sigma, n, noisy, device
         self.shape = (config.horizon, dims[0])  # (H, O)
         self.draft_calls = 0 if noisy and sigma == ractd.SIGMA_MAX else config.horizon - 1
         self.denoiser_calls = 2 * n - 3 if sigma else 0
-        # the same for all states, so made once
-        self.level = functools.cache(
-            lambda t: ractd.precondition(self.nets["teacher"], t, smin=SMIN)
-        )
+        level = functools.partial(ractd.precondition, self.nets["teacher"], smin=SMIN)
+        self.level = functools.cache(level)  # for all states
 
     @torch.inference_mode()
     def __call__(self, observations, generators):
         """observations (B, O), B numpy Generators for noise -> plans of one action (B, 1, A)."""
         observations = torch.tensor(observations, dtype=torch.float32, device=self.device)
-        state = ractd.encode(observations, self.obs_table)
+        state = ractd.encode(observations, self.tables["obs"])
         token = nn.functional.pad(state, (0, 1), value=self.target)  # (s_0, g_0), (B, O + 1)
         plan, noise = state.new_zeros(len(state), *self.shape), 0.0
         if self.draft_calls:
@@ -239,14 +223,14 @@ class Planner:
             if self.noisy:
                 rows = [g.standard_normal(self.shape, np.float32) for g in generators]
                 noise = torch.from_numpy(np.stack(rows)).to(self.device)
-            net, level = self.nets["teacher"], self.level
-            denoiser = lambda x, t: ractd.denoise(net, x, t, token, level=level(t))
+            net = self.nets["teacher"]
+            denoiser = lambda x, t: ractd.denoise(net, x, t, token, level=self.level(t))
             plan = refine(denoiser, plan, self.sigma, self.n, noise)
         action = self.nets["reward"](state, plan[:, 1]).clamp(-1, 1)  # in the action box
-        return ractd.decode(action, self.action_table)[:, None].cpu().numpy()
+        return ractd.decode(action, self.tables["action"])[:, None].cpu().numpy()
 
 
-def score(run, models, meta, target, sigma):
+def score(run, models, target, sigma):
     """The numbers of acting with a noise level, kept in its file."""
     act = Planner(models, target, sigma, run.points, not run.no_noise, run.device)
     about = {"method": "Trajectory Diffuser", "sigma": sigma, "noise": not run.no_noise}
@@ -260,17 +244,16 @@ def score(run, models, meta, target, sigma):
     variant = "_no-noise" * run.no_noise + "_no-mask" * run.no_mask
     how = f"sigma-{sigma}{variant}_points{run.points}_q{run.target_quantile:g}"
     print(f"sigma {sigma:g}:")
-    return kept_score(f"score_trajectory-diffuser_{how}", about, run, act, meta["dataset"])
+    data = models["teacher"]["dataset"]
+    return kept_score(f"score_trajectory-diffuser_{how}", about, run, act, data)
 
 
 def trajectory_diffuser(run):
     """Train what is missing, score it at each noise level, print a table."""
-    batches, meta = ractd.load_data(run)
-    models = train(run, batches, meta)
-    target = float(np.quantile(batches.returns_to_go.cpu().numpy(), run.target_quantile))
+    models, target = train(run)
     print(flush=True)
-    rows = [score(run, models, meta, target, sigma) for sigma in run.sigma]
-    print(f"\n{data_label(run.env, meta['dataset'])}, {run.config.episodes} episodes")
+    rows = [score(run, models, target, sigma) for sigma in run.sigma]
+    print(f"\n{data_label(run.env, rows[0]['dataset'])}, {run.config.episodes} episodes")
     print(f"sigma   draft calls   denoiser calls   {rows[0]['unit']}")
     for row in rows:
         numbers = f"{row['sigma']:<5g}{row['draft_calls']:14}{row['denoiser_calls']:17}"
@@ -279,9 +262,8 @@ def trajectory_diffuser(run):
 
 def parse(argv=None):
     """The run that a command line describes, checked."""
-    parser = make_parser(
-        "trajectory_diffuser", f"{__doc__}{DEFAULTS}\n--horizon 16 (halfcheetah: 8, walker2d: 32)"
-    )
+    each = "".join(f"\n{task}: {flags}" for task, flags in TASKS.items())
+    parser = make_parser("trajectory_diffuser", f"{__doc__}{DEFAULTS}{each}")
     add = parser.add_argument
     text = "noise levels that the draft is refined from, each scored; 0: not at all (default: 0.04)"
     add("--sigma", type=float, nargs="+", default=[0.04], help=text)
@@ -295,17 +277,9 @@ def parse(argv=None):
         raise ractd.UserError(f"--sigma must be 0, or more than {SMIN}, up to {ractd.SIGMA_MAX}")
     if own.points < 2 or not 0 <= own.target_quantile <= 1:
         raise ractd.UserError("--points must be at least 2, --target-quantile from 0 to 1")
-    run = parse_planner(rest, DEFAULTS.split(), UNUSED, own)
-    if run.horizon is None:
-        name = str(run.env or run.data).lower()
-        run.horizon = next((H for task, H in HORIZONS.items() if task in name), 16)
-    out = run.out
-    ractd.resolve(run)
-    if out is None:  # not the folder of `ractd.py`
-        run.out = run.out.with_name(f"{run.out.name}-trajectory-diffuser")
+    run = parse_planner(rest, DEFAULTS.split(), UNUSED, own, TASKS, "-trajectory-diffuser")
     if run.config.horizon < 2 or run.config.channels[-1] % 4:
-        what = "2 or more, the last of --channels a multiple of 4, the draft's heads"
-        raise ractd.UserError(f"--horizon must be {what}")
+        raise ractd.UserError("--horizon must be 2 or more, --channels end in a multiple of 4")
     return run
 
 
