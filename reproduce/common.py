@@ -65,9 +65,9 @@ def parse_planner(flags, defaults, unused, own, tasks=None, folder=""):
         if getattr(given, name, None) is not None:
             flag = "--" + name.replace("_", "-")
             raise ractd.UserError(f"{flag} has no meaning for this planner; leave it out")
-    name = str(given.env or given.data).lower()
     for task, more in (tasks or {}).items():
-        defaults = [*defaults, *(more.split() if task in name else ())]
+        if task in str(given.env or given.data).lower():
+            defaults = [*defaults, *more.split()]
     run = ractd.build_parser().parse_args(["distill", *defaults, *flags], own)
     ractd.resolve(run)
     if not given.out:

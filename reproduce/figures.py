@@ -155,7 +155,9 @@ def draw_maze(result, maze, path):
     """Ten plans of each planner in the maze, and what was driven; result: that of maze2d.json."""
     rows = [row for row in result["rows"] if "plans" in row]  # not the data's controller
     title = f"{result['maze']}: plans of {result['horizon']} states (colour), driven (black)"
-    figure, axes = canvas(3 * len(rows), 3.4, title, ncols=len(rows), squeeze=False)
+    high, wide = maze.walls.shape
+    size = 3 * len(rows), 3 * high / wide + 0.4
+    figure, axes = canvas(*size, title, ncols=len(rows), squeeze=False)
     for axis, row in zip(axes[0], rows, strict=True):
         draw_walls(axis, maze)
         for plan, driven in zip(row["plans"], row["driven"], strict=True):

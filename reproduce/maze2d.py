@@ -14,8 +14,7 @@ not made again.
 
 Training differs from `python ractd.py distill` in three more points: the teacher's whole paths are
 solved once, before a student's training; half of them lead to goals of other windows; and Eq. 5's
-distance is one that plans of many states need (`plan_distance`). Those of its flags that mean
-something here are taken, with these defaults:
+distance is one that plans of many states need (`plan_distance`). Defaults where it has others:
 """
 
 import dataclasses
@@ -90,7 +89,10 @@ class StateBatches:
         self.discounts = gamma ** torch.arange(steps, device=device)
 
     def windows(self, batch, weights=None):
-        """Random windows, all alike: condition (B, 6), first state and goal, and x0 (B, H, 4)."""
+        """Random windows: condition (B, 6), the first state and the goal, and plan x0 (B, H, 4).
+
+        weights: None, as windows are all alike; `ractd.stage_loss` gives it.
+        """
         starts = self.starts[torch.randint(len(self.starts), (batch,), device=self.obs.device)]
         x0 = self.obs[starts[:, None] + self.chunk]
         return torch.cat([x0[:, 0], x0[:, -1, :2]], dim=1), x0

@@ -195,7 +195,16 @@ def test_temperature_scales_all_of_the_noise(log, capsys):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--scale=-1", "--scale=nan", "--guides=-1", "--stop=21", "--nfe=2", "--horizon=0"]
+    "flag",
+    [
+        "--scale=-1",
+        "--scale=nan",
+        "--scale=1e38",
+        "--guides=-1",
+        "--stop=21",
+        "--nfe=2",
+        "--horizon=0",
+    ],
 )
 def test_a_bad_flag_is_refused_by_name(log, flag, capsys):
     assert diffuser.main([f"--env={ENV}", *TINY, flag]) == 2

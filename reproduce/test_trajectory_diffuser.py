@@ -381,6 +381,11 @@ def test_ctrl_c_leaves_130_and_the_same_command_goes_on(log, capsys, monkeypatch
     assert "goes on from step 1 of 6" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("out", [[], ["--out="]])
+def test_the_default_folder_is_not_that_of_ractd(out):
+    assert td.parse(["--env=hopper-medium-replay", *out]).out.name.endswith("-trajectory-diffuser")
+
+
 def test_bad_input_gets_a_sentence(log, capsys):
     for words in (
         "--sigma=0.001 0.002 80",
