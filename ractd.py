@@ -1213,7 +1213,7 @@ def resolve(run):
         return
     try:
         run.device = torch.device(run.device)
-        torch.zeros(1, device=run.device)
+        torch.zeros(1, device=run.device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {run.device}: {str(error).splitlines()[0]}; try cpu") from None
     run.config = make_config(run)

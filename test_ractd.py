@@ -1147,7 +1147,8 @@ def test_the_reward_target_changes_the_reward_model_and_is_part_of_its_recipe(
         refused(capsys, give("reward", f"--reward-target={target}"), "reward_target", "reward.pt")
 
 
-IGNORED = """data --student-lr=3, data --seed=1, data --out=x, data --device=cpu, data --preset=paper,
+IGNORED = """\
+    data --student-lr=3, data --seed=1, data --out=x, data --device=cpu, data --preset=paper,
     teacher --reward-steps=5, teacher --episodes=3, teacher --nfe=2, teacher --reward-weight=1,
     reward --channels=8, reward --distance=squared, reward --student-lr=1, reward --temperature=1,
     reward --tilted-steps=1, teacher --tilted-steps=1, export --candidates=4,
@@ -1170,7 +1171,7 @@ BAD_FLAGS = """--channels=0 --channels=9999 --channels=a --kernel=4 --horizon=10
     --seed=-1 --seed=99999999999999999999 --target-decay=2
     --temperature=nan --reward-actions=0 --reward-weight=-2 --tilted-steps=-1 --dsm-target=x
     --candidates=0 --reward-target=x --reward-networks=0 --path-batch=-1
-    --distance=x --first-seed=-1 --device=cuda:99 --device=x --horizn=8 --preset=x"""
+    --distance=x --first-seed=-1 --device=cuda:99 --device=meta --device=x --horizn=8 --preset=x"""
 
 
 @pytest.mark.parametrize("flag", BAD_FLAGS.split())

@@ -151,7 +151,7 @@ class Experiment:
             if "evaluate" in field.metadata["commands"] and not in_calls:
                 asked[field.name] = getattr(config, field.name)
         for path in out.glob(f"score_*_{asked['weights']}_*.json"):
-            metrics = json.loads(path.read_text())
+            metrics = read_json(path)
             if all(metrics.get(name) == value for name, value in asked.items()):
                 print(f"{checkpoint['stage']}: score from {path}")
                 return metrics
@@ -213,7 +213,7 @@ def kept_score(name, about, run, act, data):
     """
     about, first = {"env": run.env, "dataset": data} | about, about["first_seed"]
     path = run.out / f"{name}_seeds{first}-{first + about['episodes'] - 1}.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept = read_json(path)
     if all(kept.get(key) == value for key, value in about.items() if key != "train_s"):
         print(f"score from {path}")
         return kept | about
@@ -235,6 +235,15 @@ def file_label(label):
 def data_label(env, dataset):
     """The title of a picture or table; dataset: what a checkpoint says of the data."""
     return f"{env} on\n{dataset['name']} ({dataset['source']})"
+
+
+def read_json(path):
+    """What `write_json` left there, {} if there is nothing; UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        what = "is damaged; delete it and give the same command again"
+        raise ractd.UserError(f"{path} {what}") from None
 
 
 def write_json(path, value):

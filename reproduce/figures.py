@@ -25,6 +25,7 @@ from reproduce.common import (
     data_label,
     make_parser,
     parse_run,
+    read_json,
     run_command,
     save_picture,
 )
@@ -61,8 +62,8 @@ def draw_returns(run):
 def draw_speed(run):
     """speed.png: score against milliseconds per action, a point for every row of bench.json."""
     path = run.out / "bench.json"
-    measured = json.loads(path.read_text()) if path.exists() else {"score": {}}
-    if not measured["score"]:
+    measured = read_json(path)
+    if not measured.get("score"):
         command = f"python -m reproduce.bench --env {run.env} --episodes 20"
         raise ractd.UserError(f"no scores in {path}; first give: {command}")
     title = data_label(run.env, measured["dataset"])

@@ -20,7 +20,6 @@ distance is one that plans of many states need (`plan_distance`). Defaults where
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import sys
 import time
@@ -38,6 +37,7 @@ from reproduce.common import (
     make_parser,
     mean_and_error,
     parse_planner,
+    read_json,
     run_command,
     write_json,
 )
@@ -125,10 +125,7 @@ def load_maze(run):
     states = np.concatenate(drives)
     if run.maze.in_wall(states[:, :2]).any():
         raise ractd.UserError(f"{run.data} is of another maze than --maze {run.maze.name}")
-    distances = np.linalg.norm(states[:, :2] - run.maze.fixed_goal, axis=1)
-    there = np.mean(distances <= pointmaze.GOAL_RADIUS)
-    print(f"data: {dataset_id}: {len(states):,} states, {len(drives)} drive(s),")
-    print(f"      {there:.1%} of them at D4RL's goal", flush=True)
+    print(f"data: {dataset_id}: {len(states):,} states, {len(drives)} drive(s)", flush=True)
     batches = StateBatches(drives, run.config.horizon, run.config.gamma, run.device)
     moves = len(states) - len(drives)
     sha256 = hashlib.sha256(states.tobytes()).hexdigest()
@@ -224,10 +221,7 @@ def maze_loss(stage, config, batches, dims, built_on):
 
 
 class Planner(ractd.Policy):
-    """A loaded teacher or student, acting: observations (B, 6) -> plans of states (B, H, 4), raw.
-
-    how: Config, as for `ractd.Policy`.
-    """
+    """`ractd.Policy` from observations (B, 6) to plans of states (B, H, 4)."""
 
     def __init__(self, checkpoint, how, device):
         states = checkpoint["normalizer"]["obs"]
@@ -252,7 +246,7 @@ def measure(run, label, planner, asked):
     """
     how = "_".join(f"{name}-{value}" for name, value in asked.items() if name != "maze")
     path = run.out / f"maze2d_{file_label(label)}_{how}.json"
-    if path.exists() and (row := json.loads(path.read_text())).get("asked") == asked:
+    if (row := read_json(path)).get("asked") == asked:
         print(f"{label}: numbers from {path}")
         return row
     config, calls = run.config, planner.calls if planner else 0

@@ -1,6 +1,7 @@
 """Tests of the mazes, their data and their planner against oracles: python -m pytest -q."""
 
 import dataclasses
+import glob
 import itertools
 import json
 import sys
@@ -384,6 +385,10 @@ def test_end_to_end_trains_once_and_leaves_every_number_and_picture(capsys):
         ]
     assert maze2d.main([*command, "--replan=8"]) == 0  # the controller knows no plan
     assert capsys.readouterr().out.count("numbers from") == 1
+    (kept,) = glob.glob("run/maze2d_RACTD_*_replan-8_*.json")
+    with open(kept, "r+") as f:
+        f.truncate(100)
+    refused(capsys, maze2d.main([*command, "--replan=8"]), kept, "is damaged")
     data, flags = "--data=minari:maze2d/tiny-v0", ["--env=maze2d-umaze", "--out=run"]
     refused(capsys, ractd.main(["evaluate", *flags]), "plan: states in the file, actions asked")
     refused(capsys, ractd.main(["distill", *flags, data, *TINY]), "made otherwise", "data")
