@@ -12,9 +12,10 @@ drives from the true state to the next planned one; after the plan its end is he
 not there are made first by D4RL's recipe. Trained models and rows of numbers are kept in <out>, and
 not made again.
 
-Training differs from `python ractd.py distill` in three more points: the teacher's whole paths are
-solved once, before a student's training; half of them lead to goals of other windows; and Eq. 5's
-distance is one that plans of many states need (`plan_distance`). Defaults where it has others:
+Training differs from `python ractd.py distill` in four more points: the teacher's whole paths are
+solved once, before a student's training; half of them lead to goals of other windows; Eq. 5's
+distance is one that plans of many states need (`plan_distance`); and large's teacher learns from
+more noise, at which the way of so long a plan is decided. Defaults where it has others:
 """
 
 import dataclasses
@@ -51,8 +52,10 @@ UNUSED = "env reward_target reward_actions reward_networks candidates distance t
 FLAGS = {  # of each maze; sigma smaller for the largest, as in the paper
     "umaze": "--horizon 128 --reward-weight 1",
     "medium": "--horizon 256 --reward-weight 1 --student-steps 3000",
-    "large": "--horizon 384 --reward-weight 0.5 --student-steps 6000",
+    "large": "--horizon 384 --reward-weight 0.5 --student-steps 6000 --teacher-lr 0.004",
 }
+EDM_LEVELS = (-1.2, 1.2)  # mean and standard deviation of ln t, the teacher's noise
+LEVELS = {"large": (0.0, 1.5)}  # where it is another one
 PATHS = 32_768  # of the teacher
 ANYWHERE = 0.1  # the share of R's states that are moved there
 LEAP = 0.25  # of a cell: a step so long is no noise; the simulator's longest one is 0.05
@@ -88,11 +91,8 @@ class StateBatches:
         steps = 1 + int(math.log(0.01) / math.log(max(gamma, 1e-9)))  # later ones count for < 1 %
         self.discounts = gamma ** torch.arange(steps, device=device)
 
-    def windows(self, batch, weights=None):
-        """Random windows: condition (B, 6), the first state and the goal, and plan x0 (B, H, 4).
-
-        weights: None, as windows are all alike; `ractd.stage_loss` gives it.
-        """
+    def windows(self, batch):
+        """Random windows: condition (B, 6), the first state and the goal, and plan x0 (B, H, 4)."""
         starts = self.starts[torch.randint(len(self.starts), (batch,), device=self.obs.device)]
         x0 = self.obs[starts[:, None] + self.chunk]
         return torch.cat([x0[:, 0], x0[:, -1, :2]], dim=1), x0
@@ -183,9 +183,18 @@ def teacher_paths(teacher, batches, temperature, batch=256):
     return [torch.cat(column) for column in zip(*paths, strict=True)]
 
 
-def maze_loss(stage, config, batches, dims, built_on):
-    """(network, loss_fn(net, average)) of teacher, R or student, as `ractd.stage_loss`."""
+def maze_loss(stage, config, batches, dims, built_on, levels=EDM_LEVELS):
+    """(network, loss_fn(net, average)) of teacher, R or student, as `ractd.stage_loss`.
+
+    levels: mean and standard deviation of ln t, the teacher's noise.
+    """
     device = batches.obs.device
+
+    def teacher_loss(net, _):
+        state, x0 = batches.windows(config.teacher_batch)
+        t, noise = ractd.lognormal_levels(len(x0), device, *levels), torch.randn_like(x0)
+        denoiser = functools.partial(ractd.denoise, net, state=state)
+        return ractd.edm_loss(denoiser, x0, t, noise), {}
 
     def reward_model_loss(net, _):
         state, target = batches.returns(config.reward_batch)
@@ -205,7 +214,7 @@ def maze_loss(stage, config, batches, dims, built_on):
 
     if stage == "reward":
         return GoalReward().to(device), reward_model_loss
-    teacher, teacher_loss = ractd.stage_loss("teacher", config, batches, dims, {})
+    teacher = ractd.make_unet(config, dims).to(device)
     teacher.pinned, reward = PINNED, None
     if stage == "teacher":
         return teacher, teacher_loss
@@ -270,7 +279,8 @@ def measure(run, label, planner, asked):
 def maze2d(run):
     """Train what is missing, measure all rows, write maze2d.json, print the table, draw it."""
     maze, config = run.maze, run.config
-    experiment = Experiment(run, load_maze, maze_loss)
+    loss = functools.partial(maze_loss, levels=LEVELS.get(maze.name, EDM_LEVELS))
+    experiment = Experiment(run, load_maze, loss)
     about = {"maze": maze.name, "episodes": config.episodes, "first_seed": config.first_seed}
     acting = {"replan": run.replan, "temperature": config.temperature, "nfe": config.nfe}
     rows, planners = [measure(run, "controller of the data", None, about)], {}
