@@ -54,8 +54,7 @@ FLAGS = {  # of each maze; sigma smaller for the largest, as in the paper
     "medium": "--horizon 256 --reward-weight 1 --student-steps 3000",
     "large": "--horizon 384 --reward-weight 0.5 --student-steps 6000 --teacher-lr 0.004",
 }
-EDM_LEVELS = (-1.2, 1.2)  # mean and standard deviation of ln t, the teacher's noise
-LEVELS = {"large": (0.0, 1.5)}  # where it is another one
+LEVELS = {"large": (0.0, 1.5)}  # mean, standard deviation of ln t where the noise is not EDM's
 PATHS = 32_768  # of the teacher
 ANYWHERE = 0.1  # the share of R's states that are moved there
 LEAP = 0.25  # of a cell: a step so long is no noise; the simulator's longest one is 0.05
@@ -183,10 +182,10 @@ def teacher_paths(teacher, batches, temperature, batch=256):
     return [torch.cat(column) for column in zip(*paths, strict=True)]
 
 
-def maze_loss(stage, config, batches, dims, built_on, levels=EDM_LEVELS):
+def maze_loss(stage, config, batches, dims, built_on, levels=()):
     """(network, loss_fn(net, average)) of teacher, R or student, as `ractd.stage_loss`.
 
-    levels: mean and standard deviation of ln t, the teacher's noise.
+    levels: mean and standard deviation of ln t, the teacher's noise; (): those of EDM.
     """
     device = batches.obs.device
 
@@ -279,7 +278,7 @@ def measure(run, label, planner, asked):
 def maze2d(run):
     """Train what is missing, measure all rows, write maze2d.json, print the table, draw it."""
     maze, config = run.maze, run.config
-    loss = functools.partial(maze_loss, levels=LEVELS.get(maze.name, EDM_LEVELS))
+    loss = functools.partial(maze_loss, levels=LEVELS.get(maze.name, ()))
     experiment = Experiment(run, load_maze, loss)
     about = {"maze": maze.name, "episodes": config.episodes, "first_seed": config.first_seed}
     acting = {"replan": run.replan, "temperature": config.temperature, "nfe": config.nfe}
