@@ -52,10 +52,14 @@ UNUSED = "env reward_target reward_actions reward_networks candidates distance t
 FLAGS = {  # of each maze; sigma smaller for the largest, as in the paper
     "umaze": "--horizon 128 --reward-weight 1",
     "medium": "--horizon 256 --reward-weight 1 --student-steps 3000",
-    "large": "--horizon 384 --reward-weight 0.5 --student-steps 6000 --teacher-lr 0.004",
+    "large": "--horizon 384 --reward-weight 0.5 --student-steps 6000 --teacher-lr 0.004 "
+    "--student-lr 0.004",
 }
-LEVELS = {"large": (0.0, 1.5)}  # mean, standard deviation of ln t where the noise is not EDM's
-PATHS = 32_768  # of the teacher
+OWN = {  # of each maze, for `maze_loss`
+    "umaze": {"paths": 32_768},
+    "medium": {"paths": 32_768},
+    "large": {"paths": 131_072, "levels": (0.0, 1.5)},
+}
 ANYWHERE = 0.1  # the share of R's states that are moved there
 LEAP = 0.25  # of a cell: a step so long is no noise; the simulator's longest one is 0.05
 PINNED = ((0, 0), (0, 1), (0, 2), (0, 3), (-1, 0), (-1, 1))  # first state, last position
@@ -161,31 +165,32 @@ def plan_distance(a, b, c=0.1):
     return ractd.pseudo_huber(a, b, c) / math.sqrt(a[0].numel())
 
 
-def teacher_paths(teacher, batches, temperature, batch=256):
-    """PATHS whole paths of the teacher: conditions (N, 6), starts at T and ends (N, H, 4) each.
+def teacher_paths(teacher, batches, temperature, count, batch=256):
+    """`count` whole paths of the teacher: conditions (N, 6), starts at T and ends (N, H, 4) each.
 
     Half of them lead to goals of other windows, as a task's starts and goals may lie farther apart
     than those of any window. `ractd.path_loss` solves new paths in every step; a long plan needs
     larger batches than that leaves time for, and they are drawn from these again and again.
     """
     paths, began = [], time.monotonic()
-    for done in range(batch, PATHS + batch, batch):
+    for done in range(batch, count + batch, batch):
         state, x0 = batches.windows(batch)
         state[: batch // 2, 4:] = state[-(batch // 2) :, 4:]  # goals of other windows
         x_T = teacher.pin(temperature * ractd.SIGMA_MAX * torch.randn_like(x0), state)
         denoiser = functools.partial(ractd.denoise, teacher, state=state)
         paths.append((state, x_T, ractd.heun_sample(denoiser, x_T, ractd.karras_sigmas(7))))
-        if done % (PATHS // 8) == 0:
+        if done % (count // 8) == 0:
             spent = time.monotonic() - began
-            left = spent * (PATHS / done - 1)
-            print(f"teacher paths {done:8,}/{PATHS:,}  {spent:.0f} s  ETA {left:.0f} s", flush=True)
+            left = spent * (count / done - 1)
+            print(f"teacher paths {done:8,}/{count:,}  {spent:.0f} s  ETA {left:.0f} s", flush=True)
     return [torch.cat(column) for column in zip(*paths, strict=True)]
 
 
-def maze_loss(stage, config, batches, dims, built_on, levels=()):
+def maze_loss(stage, config, batches, dims, built_on, paths, levels=()):
     """(network, loss_fn(net, average)) of teacher, R or student, as `ractd.stage_loss`.
 
-    levels: mean and standard deviation of ln t, the teacher's noise; (): those of EDM.
+    paths: how many of the teacher's a student learns from; levels: mean and standard deviation of
+    ln t, the teacher's noise, (): those of EDM.
     """
     device = batches.obs.device
 
@@ -205,8 +210,8 @@ def maze_loss(stage, config, batches, dims, built_on, levels=()):
         loss, info = ractd.distillation_loss(*nets, state, x0, pathless, plan_distance)
         if not config.path_batch:
             return loss, info
-        rows = torch.randint(len(paths[0]), (config.path_batch,), device=device)
-        state, x_T, end = (column[rows] for column in paths)
+        rows = torch.randint(paths, (config.path_batch,), device=device)
+        state, x_T, end = (column[rows] for column in solved)
         plan = ractd.student_jump(net, x_T, ractd.SIGMA_MAX, ractd.SIGMA_MIN, state)
         path = plan_distance(plan, end).mean()
         return loss + config.ctm_weight * path, info | {"path": path.detach()}
@@ -224,7 +229,8 @@ def maze_loss(stage, config, batches, dims, built_on, levels=()):
     student = ractd.make_unet(config, dims, student=True).to(device)
     ractd.warm_start(student, teacher.eval().requires_grad_(False))
     pathless = dataclasses.replace(config, path_batch=0)
-    paths = teacher_paths(teacher, batches, config.temperature) if config.path_batch else None
+    if config.path_batch:
+        solved = teacher_paths(teacher, batches, config.temperature, paths)
     return student, student_loss
 
 
@@ -278,7 +284,7 @@ def measure(run, label, planner, asked):
 def maze2d(run):
     """Train what is missing, measure all rows, write maze2d.json, print the table, draw it."""
     maze, config = run.maze, run.config
-    loss = functools.partial(maze_loss, levels=LEVELS.get(maze.name, ()))
+    loss = functools.partial(maze_loss, **OWN[maze.name])
     experiment = Experiment(run, load_maze, loss)
     about = {"maze": maze.name, "episodes": config.episodes, "first_seed": config.first_seed}
     acting = {"replan": run.replan, "temperature": config.temperature, "nfe": config.nfe}

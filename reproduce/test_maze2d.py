@@ -49,7 +49,7 @@ def sandbox(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(maze2d, "PATHS", 256)
+    monkeypatch.setitem(maze2d.OWN["umaze"], "paths", 256)
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_r_learns_that_there_is_nothing_where_no_one_goes():
     drive = np.concatenate([drive, [[0, -1, 0, 0], [0, 1, 0, 0]]]).astype(np.float32)
     batches = maze2d.StateBatches([drive], 64, 0.97, torch.device("cpu"))
     config = ractd.Config(horizon=64, reward_batch=256)
-    R, loss_fn = maze2d.maze_loss("reward", config, batches, [6, 4], {})
+    R, loss_fn = maze2d.maze_loss("reward", config, batches, [6, 4], {}, 0)
     optimizer = torch.optim.AdamW(R.parameters(), 2e-3)
     for _ in range(400):
         ractd.train_step(R, R, optimizer, loss_fn, 0.0)
@@ -247,7 +247,7 @@ def test_paths_of_the_teacher_go_from_cool_noise_to_where_heuns_method_ends():
     batches = maze2d.StateBatches([walk], 16, 0.9, torch.device("cpu"))
     config = ractd.Config(horizon=16, channels=(8,))
     teacher = pinned_net(config).requires_grad_(False)
-    state, x_T, end = maze2d.teacher_paths(teacher, batches, 0.5, batch=64)
+    state, x_T, end = maze2d.teacher_paths(teacher, batches, 0.5, 256, batch=64)
     assert len(state) == len(x_T) == len(end) == 256
     assert x_T[:, 1:-1].std().item() == pytest.approx(40, rel=0.05)
     denoiser = lambda x, t: ractd.denoise(teacher, x, t, state)
@@ -293,7 +293,7 @@ def test_the_teacher_learns_windows_with_pinned_ends_at_the_levels(levels, mean,
     config = ractd.Config(horizon=16, channels=(8,), teacher_batch=4000)
     drives = [np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)]
     batches = maze2d.StateBatches(drives, 16, 0.9, torch.device("cpu"))
-    teacher, loss_fn = maze2d.maze_loss("teacher", config, batches, [6, 4], {}, levels)
+    teacher, loss_fn = maze2d.maze_loss("teacher", config, batches, [6, 4], {}, 0, levels)
     edm_loss, seen = ractd.edm_loss, []
 
     def spy(denoiser, x0, t, noise):
@@ -329,8 +329,8 @@ def test_the_students_loss_adds_weighted_whole_paths_and_hears_r(sigma, monkeypa
 
     monkeypatch.setattr(ractd, "distillation_loss", others)
     monkeypatch.setattr(torch, "randint", lambda high, shape, **_: torch.arange(*shape) % high)
-    net, loss_fn = maze2d.maze_loss("student", config, batches, [6, 4], built_on)
-    paths = maze2d.teacher_paths(teacher.eval(), batches, config.temperature)
+    net, loss_fn = maze2d.maze_loss("student", config, batches, [6, 4], built_on, 256)
+    paths = maze2d.teacher_paths(teacher.eval(), batches, config.temperature, 256)
     with torch.no_grad():
         loss, info = loss_fn(net, net)
     first = [column[:6] for column in paths]
@@ -350,7 +350,7 @@ def test_half_of_the_paths_lead_to_goals_of_other_windows():
     drives = [np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)]
     batches = maze2d.StateBatches(drives, 16, 0.9, torch.device("cpu"))
     teacher = pinned_net(config).eval().requires_grad_(False)
-    state = maze2d.teacher_paths(teacher, batches, 0.5)[0][:256]
+    state = maze2d.teacher_paths(teacher, batches, 0.5, 256)[0]
     rows = (batches.obs[:, None] == state[:, :4]).all(2).float().argmax(0)
     own = (state[:, 4:] == batches.obs[rows + 15, :2]).all(1)  # the goal of the same window
     assert own[128:].all() and own[:128].float().mean() < 0.2  # of 45 windows
