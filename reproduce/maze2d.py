@@ -55,7 +55,7 @@ FLAGS = {  # of each maze; sigma smaller for the largest, as in the paper
     "large": "--horizon 384 --reward-weight 0.5 --student-steps 6000 --teacher-lr 0.004 "
     "--student-lr 0.004",
 }
-OWN = {  # of each maze, for `maze_loss`
+OWN = {  # of each maze, for `maze_loss`: how many of the teacher's paths, its noise if not EDM's
     "umaze": {"paths": 32_768},
     "medium": {"paths": 32_768},
     "large": {"paths": 131_072, "levels": (0.0, 1.5)},
