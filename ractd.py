@@ -2,25 +2,24 @@
 
 A diffusion planner that needs one network call per action, learnt from logged data alone:
 
-    data --> teacher  D(x, t)     EDM diffusion of the next H actions, given the state    Eq. 4
-      `----> reward   R(s, a)     return-to-go of a state and actions, on clean data      Eq. 8
-    teacher + reward --> tilted   D(x, t)     of p(x0 | s) exp(sigma R), in place of Eq. 8
-      `----> student  G(x, t, k)    CTM + DSM losses (+ reward: paper-losses)         Eqs. 5-9
-    student --> one call per action, closed loop in MuJoCo, D4RL normalised score
+    data --> reward   R(s, a)     return-to-go of a state and the actions taken there     Eq. 8
+      `----> teacher  D(x, t)     EDM diffusion of the next H actions, given the state    Eq. 4
+    teacher, reward --> student  G(x, t, k)    CTM + DSM + reward losses               Eqs. 5-9
+    student --> one call per action, closed loop in MuJoCo, D4RL's normalised score
 
-    python ractd.py distill --env hopper-medium-replay      all of it: minutes on two CPU cores
-    python ractd.py distill --env hopper-medium-replay --preset paper-losses        Eqs. 4-9 alone
-    python ractd.py data | teacher | reward | evaluate | export --env ...   --help tells all flags
+    python ractd.py distill --env hopper-medium-replay     all of it: minutes on two CPU cores
+    python ractd.py distill --env hopper-medium-replay --preset paper-losses     to the letter
+    python ractd.py data | teacher | reward | evaluate --env ...      --help tells their flags
 
 Notation
     t > u >= k   noise levels, one per sample (B,) or one float for all; i_t < i_u <= i_k their
                  indices in the grid T = 80 = sigma_0 > ... > sigma_{N-1} = 0.02, the paper's "0"
-    x0, x_t      a clean and a noisy plan: H actions, or states, (B, H, A), scaled to [-1, 1]
+    x0, x_t      a clean and a noisy plan: H actions, (B, H, A), scaled to [-1, 1]
     state        an observation (B, O), scaled to [-1, 1]; s_n in the paper
     D, g         denoisers of teacher and student, F the network in them; G the student's jump
 
-Sections 3 to 7, the method, need torch and the constants of section 1 alone. README.md says where
-the default departs from the paper; reproduce/ measures it.
+Sections 3 to 6 are the paper's method, in its order; they need torch and the constants of section 1
+alone. Section 7 holds all that the default adds to it. README.md has a table of both.
 """
 
 import argparse
@@ -35,143 +34,150 @@ import itertools
 import json
 import math
 import os
-import pickle
 import signal
-import socket
 import sys
+import threading
 import time
 import urllib.error
+import urllib.request
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-# ---- 1. Configuration -----------------------------------------------------------------------
+# ---- 1. Configuration ----------------------------------------------------------------------------
 
-SIGMA_MIN, SIGMA_MAX, SIGMA_DATA = 0.02, 80.0, 0.5  # Karras et al. 2022; sigma_min as released
-# task -> simulator, and the returns that are D4RL's scores 0 (random) and 100 (expert)
+SIGMA_MIN = 0.02  # the paper's "0"
+SIGMA_MAX = 80.0  # T
+SIGMA_DATA = 0.5  # Karras et al. 2022
+
+# D4RL's tasks: simulator, the returns that are scores 0 (random) and 100 (expert), and the
+# published sigma of Eq. 9 for each kind of data
+KINDS = ("medium", "medium-replay", "medium-expert")
 TASKS = {
-    "hopper": ("Hopper-v4", -20.272305, 3234.3),
-    "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
-    "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0),
+    "hopper": ("Hopper-v4", -20.272305, 3234.3, (1.0, 1.0, 0.5)),
+    "walker2d": ("Walker2d-v4", 1.629008, 4592.3, (0.4, 0.5, 0.2)),
+    "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0, (0.5, 1.0, 0.0)),
 }
-ENVS = [f"{task}-{kind}" for task in TASKS for kind in ("medium", "medium-replay", "medium-expert")]
+ENVS = {
+    f"{task}-{kind}": (*row, sigma)
+    for task, (*row, sigmas) in TASKS.items()
+    for kind, sigma in zip(KINDS, sigmas, strict=True)
+}
+
+NETWORKS = {  # the U-Net's size; patch: actions folded into one of its positions
+    "small": {"channels": (64, 128), "kernel": 3, "blocks": 1, "patch": 4},
+    "paper": {"channels": (512, 1024, 2048), "kernel": 5, "blocks": 2, "patch": 1},
+}
 
 
 class UserError(Exception):
     """Something that the user can put right: printed as one sentence, exit code 2."""
 
 
-def option(default, commands, help, low=None, high=math.inf, choices=None):
-    """A dataclass field that is a command-line flag of `commands`, with its help and range."""
-    metadata = {"commands": commands.split(), "help": help, "low": low, "high": high}
-    return dataclasses.field(default=default, metadata=metadata | {"choices": choices})
-
-
-DISTANCES, DSM_TARGETS = ("squared", "pseudo-huber"), ("denoiser", "jump")
-REWARD_TARGETS = ("return-to-go", "td")
-TEACHER, REWARD, STUDENT = "teacher distill", "reward distill", "student distill"
-ACTING, NETWORK = "distill evaluate export", f"{STUDENT} tilted teacher"
+def option(default, help, low=None, high=math.inf, choices=None):
+    """A field of Config, which is a command-line flag with this help and range, too."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass
 class Config:
-    """Hyperparameters of training; [in brackets: --preset paper]."""
+    """Hyperparameters of training and acting; presets change some of the defaults."""
 
-    seed: int = option(0, f"{NETWORK} reward", "seed of all training", 0, 2**63 - 1)
-    horizon: int = option(16, f"{NETWORK} reward", "H (c in the paper): actions in a plan", 1, 1024)
-    channels: tuple = option((64, 128), NETWORK, "U-Net channels per level [512 1024 2048]")
-    kernel: int = option(3, NETWORK, "U-Net convolution width [5]", choices=(1, 3, 5, 7, 9))
-    blocks: int = option(1, NETWORK, "residual blocks per U-Net level [2]", 1, 8)
-    patch: int = option(4, NETWORK, "actions folded into one U-Net position [1]", 1, 64)
-    distance: str = option("squared", NETWORK, "d of Eqs. 4, 7 [pseudo-huber]", choices=DISTANCES)
-    teacher_steps: int = option(4000, TEACHER, "gradient steps [392_000]", 1, 1e9)
-    teacher_batch: int = option(256, TEACHER, "plans per step [1024]", 1, 100_000)
-    teacher_lr: float = option(1e-3, TEACHER, "peak learning rate of AdamW [1e-4]", 1e-9, 1)
-    teacher_warmup: int = option(200, TEACHER, "steps of linear warm-up [2000]", 0)
-    reward_target: str = option("return-to-go", REWARD, "td: n-step, on V", choices=REWARD_TARGETS)
-    reward_actions: int = option(4, REWARD, "first actions of a plan that R sees [1]", 1, 1024)
-    reward_networks: int = option(4, REWARD, "networks of which R is the mean [1]", 1, 64)
-    gamma: float = option(0.99, REWARD, "discount of the return-to-go", 0, 0.9999)
-    reward_steps: int = option(3000, REWARD, "gradient steps [314_000]", 1, 1e9)
-    reward_batch: int = option(256, REWARD, "rows per step, twice for V [64]", 1, 100_000)
-    reward_lr: float = option(1e-3, REWARD, "peak learning rate of AdamW [2e-4]", 1e-9, 1)
-    reward_warmup: int = option(20, REWARD, "steps of linear warm-up", 0)
-    tilted_steps: int = option(1000, "tilted distill", "steps; 0: Eq. 8 (lower sigma) [0]", 0, 1e9)
-    student_steps: int = option(2000, STUDENT, "gradient steps [33_500]", 1, 1e9)
-    student_batch: int = option(256, STUDENT, "plans per step [4800]", 1, 100_000)
-    student_lr: float = option(5e-4, STUDENT, "peak learning rate of AdamW [1e-4]", 1e-9, 1)
-    student_warmup: int = option(100, STUDENT, "steps of linear warm-up [500]", 0)
-    grid_points: int = option(20, STUDENT, "N: levels in the grid of t, u, k [80]", 3, 9999)
-    target_decay: float = option(0.99, STUDENT, "EMA decay of the frozen target [0]", 0, 1)
-    path_batch: int = option(128, STUDENT, "whole teacher paths per step [0]", 0, 100_000)
-    ctm_weight: float = option(1.0, STUDENT, "alpha of Eq. 9", 0, 1e6)
-    dsm_weight: float = option(1.0, STUDENT, "beta of Eq. 9", 0, 1e6)
-    reward_weight: float = option(40.0, f"{STUDENT} tilted reward", "sigma; 0: CTD [<= 1]", 0, 1e3)
-    dsm_target: str = option("denoiser", STUDENT, "Eq. 7: of g, or G [jump]", choices=DSM_TARGETS)
-    episodes: int = option(20, "distill evaluate", "evaluation episodes; 100 for a report", 1)
-    first_seed: int = option(0, "distill evaluate", "episode i has seed first_seed + i", 0)
-    nfe: int = option(1, ACTING, "student: network calls per plan", 1, 80)
-    teacher_points: int = option(20, "evaluate export", "teacher: n of Heun, 2 n - 3 calls", 3)
-    temperature: float = option(0.25, f"{ACTING} student", "scale of acting noise [1]", 0, 100)
-    candidates: int = option(1, "distill evaluate", "plans per state, R's best acts", 1, 1024)
+    seed: int = option(0, "seed of all training", 0, 2**63 - 1)
+    horizon: int = option(16, "H, c in the paper: the number of actions in a plan", 1, 1024)
+    network: str = option("small", "size of the U-Net", choices=tuple(NETWORKS))
+    denoising: str = option("mean", "targets of Eqs. 4, 7: see dsm_loss", choices=("mean", "paper"))
+    teacher_steps: int = option(4000, "gradient steps of the teacher", 1, 1e9)
+    teacher_batch: int = option(256, "plans in one of its steps", 1, 100_000)
+    teacher_lr: float = option(1e-3, "its peak learning rate", 1e-9, 1)
+    reward_teacher: bool = option(True, "weight the teacher's windows by their advantage under R")
+    reward_steps: int = option(3000, "gradient steps of the reward model R", 1, 1e9)
+    reward_batch: int = option(256, "transitions in one of its steps", 1, 100_000)
+    reward_lr: float = option(1e-3, "its peak learning rate", 1e-9, 1)
+    reward_actions: int = option(4, "how many of a plan's first actions R sees", 1, 1024)
+    reward_networks: int = option(4, "the number of networks whose mean is R", 1, 64)
+    gamma: float = option(0.99, "discount of the return-to-go", 0, 0.9999)
+    student_steps: int = option(1000, "gradient steps of the student", 1, 1e9)
+    student_batch: int = option(128, "plans in one of its steps", 1, 100_000)
+    student_lr: float = option(5e-4, "its peak learning rate", 1e-9, 1)
+    grid_points: int = option(20, "N: noise levels in the grid of t, u and k", 3, 9999)
+    ctm_weight: float = option(1.0, "alpha of Eq. 9", 0, 1e6)
+    dsm_weight: float = option(1.0, "beta of Eq. 9", 0, 1e6)
+    reward_weight: float = option(1.0, "sigma of Eq. 9; 0 trains CTD", 0, 1e6)
+    reward_input: str = option(
+        "plan", "what R sees in Eq. 8: see reward_loss", choices=("plan", "dsm")
+    )
+    trajectories: int = option(64, "teacher trajectories per student step, 0: none", 0, 100_000)
+    temperature: float = option(0.25, "scale of the noise that the student acts from", 0, 100)
+    nfe: int = option(1, "network calls of the student per plan", 1, 80)
+    teacher_points: int = option(20, "n: points of Heun's method, 2 n - 3 calls", 3, 9999)
+    episodes: int = option(20, "number of evaluation episodes; 0: no evaluation", 0, 1e6)
+    first_seed: int = option(0, "episode i has the seed first_seed + i", 0, 2**31)
 
+
+# the fields that decide what each stage learns; its checkpoint records them
+BOTH = "seed horizon network denoising reward_teacher"
+STAGE_FIELDS = {
+    "reward": "seed reward_steps reward_batch reward_lr reward_actions reward_networks gamma",
+    "teacher": f"{BOTH} teacher_steps teacher_batch teacher_lr",
+    "student": f"{BOTH} student_steps student_batch student_lr grid_points ctm_weight dsm_weight "
+    "reward_weight reward_input trajectories temperature",
+}
+ACTING_FIELDS = "nfe teacher_points temperature episodes first_seed"
 
 # Eqs. 4 to 9 as the paper writes them, at the size of the default
-PAPER_LOSSES = {"distance": "pseudo-huber", "dsm_target": "jump", "tilted_steps": 0}
-PAPER_LOSSES |= {"reward_actions": 1, "reward_networks": 1, "path_batch": 0, "temperature": 1.0}
-# the published sizes, and schedules as for hopper-medium-replay (1000, 50 and 400 epochs)
+PAPER_LOSSES = {"denoising": "paper", "reward_teacher": False, "trajectories": 0}
+PAPER_LOSSES |= {"reward_actions": 1, "reward_networks": 1, "temperature": 1.0}
+# the published sizes, and as many steps as on hopper-medium-replay
 PAPER = (
     PAPER_LOSSES
-    | {"channels": (512, 1024, 2048), "kernel": 5, "blocks": 2, "patch": 1, "grid_points": 80}
-    | {"teacher_steps": 392_000, "teacher_batch": 1024, "teacher_lr": 1e-4, "teacher_warmup": 2000}
-    | {"reward_steps": 314_000, "reward_batch": 64, "reward_lr": 2e-4, "target_decay": 0.0}
-    | {"student_steps": 33_500, "student_batch": 4800, "student_lr": 1e-4, "student_warmup": 500}
+    | {"network": "paper", "grid_points": 80}
+    | {"teacher_steps": 392_000, "teacher_batch": 1024, "teacher_lr": 1e-4}
+    | {"reward_steps": 314_000, "reward_batch": 64, "reward_lr": 2e-4}
+    | {"student_steps": 33_500, "student_batch": 4800, "student_lr": 1e-4}
 )
 PRESETS = {"default": {}, "paper-losses": PAPER_LOSSES, "paper": PAPER}
-# sigma of Eq. 9 under the paper's presets, as published; 1 for other data than these nine
-PAPER_SIGMA = dict(zip(ENVS, (1.0, 1.0, 0.5, 0.4, 0.5, 0.2, 0.5, 1.0, 0.0), strict=True))
 
-# ---- 2. Data ----------------------------------------------------------------------------------
+# ---- 2. Data: logged episodes -> windows of H actions, and returns-to-go -------------------------
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
-D4RL_SHA256 = {  # of its files, version 2
-    "halfcheetah-medium": "41324e8487a9556d8cfa4538827f8937f4d63dae3030825ebc9f3a726ed08ca0",
-    "halfcheetah-medium-replay": "48d494a4770c11f48260736dec090b78bdca8375647ed4d24bfa5b6610c7f683",
-    "halfcheetah-medium-expert": "015db75dae5bbe8e94029b71fa0bafc2073365df0c94744e71031189f3f79c06",
-    "hopper-medium": "828ab916d1ff570ac0655af7d29390b652a6f2f4bbd05b311ac91d57fe38576c",
-    "hopper-medium-replay": "3ebbc1b9b0e98188923bd2cc0fb80541980e8c6a0ebdb8139910b0aa0bde1646",
-    "hopper-medium-expert": "3c599b8c9576dd1df13fd36a48b9c7e9a0ec9ce4a2db4fe836f7712a640b1d00",
-    "walker2d-medium": "cf00f43add04c17fdfc2958dd581dea0851b2e5bedbe6fda073758a8f841aeda",
-    "walker2d-medium-replay": "e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db",
-    "walker2d-medium-expert": "6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04",
+# the SHA-256 of its files start so; any other version is used as well
+D4RL_VERSIONS = {
+    "current": "5bdf1bc4 e121c5f7 9d51ad87 cf00f43a e75de96a 6b8d7f86 41324e84 48d494a4 015db75d",
+    "earlier": "828ab916 3ebbc1b9 3c599b8c",
 }
 BUNDLED = Path(__file__).parent / "assets" / "hopper-medium-replay-sac.hdf5"
 
 
 class Dataset:
-    """Logged transitions, one row each, episode after episode: N rows, E episodes.
+    """Logged transitions, one row each, episode after episode: N rows, E episodes; or UserError.
 
     observations (N, O), actions (N, A), rewards (N,): float32; begins, ends (E,): first and last
-    rows; terminated (E,): ended by the task, not by a time limit or the file's end. source: "D4RL",
-    "bundled", "file" or "minari". Raises UserError saying what is wrong with the data, and where.
+    rows; terminated (E,): ended by the task, not by a time limit or the file's end.
     """
 
     KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 
     def __init__(self, name, source, columns):
-        self.name, self.source, rows = name, source, len(columns[0])
-        for i, (key, x) in enumerate(zip(self.KEYS, columns, strict=True)):
-            numbers, dims = x.dtype.kind in "fiub", 2 if key in ("observations", "actions") else 1
-            if not numbers or x.ndim != dims or len(x) != rows or not rows:
+        self.name = name
+        self.source = source
+        rows = len(columns[0]) if columns[0].ndim else 0
+        for key, x in zip(self.KEYS, columns, strict=True):
+            dims = 2 if key in ("observations", "actions") else 1
+            if x.dtype.kind not in "fiub" or x.ndim != dims or len(x) != rows or not rows:
                 want = f"not {rows or 'some'} rows of numbers, {dims}-D"
                 raise UserError(f"{name}: {key} has shape {x.shape} and type {x.dtype}, {want}")
-            columns[i] = x.astype(np.float32)
-            if len(bad := np.argwhere(~np.isfinite(columns[i]))):
-                raise UserError(f"{name}: {key} is NaN or infinite in row {bad[0][0]}")
+            if not np.isfinite(x).all():
+                row = np.argwhere(~np.isfinite(x))[0][0]
+                raise UserError(f"{name}: {key} is NaN or infinite in row {row}")
+        columns = [x.astype(np.float32) for x in columns]
         self.observations, self.actions, self.rewards, terminals, timeouts = columns
-        if not len(ends := np.flatnonzero(terminals + timeouts)):
+        ends = np.flatnonzero(terminals + timeouts)
+        if not len(ends):
             raise UserError(f"{name}: no episode ends; terminals and timeouts are all false")
         self.ends = np.union1d(ends, rows - 1)  # the file's end is treated as a time limit
         self.begins = np.concatenate([[0], self.ends[:-1] + 1])
@@ -180,17 +186,13 @@ class Dataset:
     def summary(self):
         """Name, undiscounted episode returns and a fingerprint, as plain values."""
         returns = np.add.reduceat(self.rewards.astype(np.float64), self.begins)
-        arrays = (self.observations, self.actions, self.rewards, self.ends, self.terminated)
-        label = self.source if self.source == "D4RL" else f"{self.source}, not D4RL's file"
-        counts = {"transitions": len(self.rewards), "episodes": len(self.ends)}
-        counts |= {"return_mean": float(returns.mean()), "return_best": float(returns.max())}
-        sha256 = hashlib.sha256(b"".join(x.tobytes() for x in arrays)).hexdigest()
-        return {"name": self.name, "source": label, **counts, "sha256": sha256}
-
-    def __str__(self):
-        text = "data: {name} ({source}): {transitions:,} transitions, {episodes:,} episodes,\n"
-        text += "      return: mean {return_mean:.0f}, best {return_best:.0f}"
-        return text.format(**self.summary())
+        sha256 = hashlib.sha256()
+        for x in (self.observations, self.actions, self.rewards, self.ends, self.terminated):
+            sha256.update(np.ascontiguousarray(x))
+        about = {"name": self.name, "source": self.source, "sha256": sha256.hexdigest()}
+        about |= {"transitions": len(self.rewards), "episodes": len(self.ends)}
+        about |= {"return_mean": float(returns.mean()), "return_best": float(returns.max())}
+        return about | {"longest": int((self.ends - self.begins).max()) + 1}
 
 
 def load_dataset(env, data=""):
@@ -198,45 +200,69 @@ def load_dataset(env, data=""):
     if data.startswith("minari:"):
         return read_minari(data.removeprefix("minari:"))
     if data:
-        return read_hdf5(Path(data), Path(data).name, "file")
+        return read_hdf5(Path(data), Path(data).name, "file, not D4RL's")
     if path := fetch_d4rl(env):
-        return read_hdf5(path, f"{env}-v2", "D4RL")
+        with open(path, "rb") as f:
+            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+        for version, known in D4RL_VERSIONS.items():
+            if sha256[:8] in known:
+                return read_hdf5(path, f"{env}-v2", f"D4RL, {version} version")
+        print(f"{path} is of a version that this program does not know: SHA-256 {sha256}")
+        return read_hdf5(path, f"{env}-v2", f"D4RL, version {sha256[:8]}")
     if env != "hopper-medium-replay" or not BUNDLED.exists():
         recipe = f"make it by D4RL's recipe, python -m reproduce.collect --env {env}"
         raise UserError(f"no data for {env}: put the file there, or give --data FILE, or {recipe}")
     print(f"In its place: {BUNDLED.name}, of one SAC run: not comparable with the paper's.")
-    return read_hdf5(BUNDLED, BUNDLED.name, "bundled")
+    return read_hdf5(BUNDLED, BUNDLED.name, "bundled, not D4RL's")
 
 
 def fetch_d4rl(env):
     """Path of D4RL's file of `env`, downloaded if need be; None where there is no network."""
-    folder = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl" / "datasets"))
-    path, sha256 = folder / f"{env.replace('-', '_')}-v2.hdf5", D4RL_SHA256[env]
+    folder = os.environ.get("D4RL_DATASET_DIR") or os.path.expanduser("~/.d4rl/datasets")
+    if folder.startswith("~"):
+        raise UserError("there is no home folder; set D4RL_DATASET_DIR, or give --data FILE")
+    path = Path(folder) / f"{env.replace('-', '_')}-v2.hdf5"
     if path.exists():
-        with open(path, "rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest() != sha256:
-                raise UserError(f"{path} is not the published file; delete it, or use --data")
         return path
-    print(f"downloading {D4RL_URL}{path.name} to {folder}", flush=True)
-    socket.setdefaulttimeout(20)  # seconds without an answer
-    try:  # torch writes aside, and renames once the hash has matched
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(D4RL_URL + path.name, str(path), hash_prefix=sha256)
+    url = D4RL_URL + path.name
+    try:
+        with urllib.request.urlopen(url, timeout=20) as answer, replacing(path) as f:
+            length = int(answer.headers["Content-Length"] or 0)
+            print(f"downloading {url} to {folder}", flush=True)
+            while block := answer.read(2**24):
+                f.write(block)
+                print(f"{f.tell() / 1e6:.0f} of {length / 1e6:.0f} MB", flush=True)
+            if f.tell() < length:
+                raise OSError(f"cut off after {f.tell():,} of {length:,} bytes")
         return path
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException) as error:
         if type(error) is urllib.error.URLError:  # no network, in all its forms
             print(f"{path.name} is not in {folder} and cannot be downloaded ({error.reason}).")
             return None
-        what = f"{path.name} cannot be downloaded or is not the published file"
-        raise UserError(f"{what} ({error}); try again, or give --data FILE") from None
+        what = f"{url} cannot be downloaded to {folder} ({error})"
+        raise UserError(f"{what}; try again, or give --data FILE") from None
 
 
-def flat(observation):
-    """An array as it is; of a goal dict `desired_goal` and `observation` side by side: (..., O)."""
-    if not isinstance(observation, dict):
-        return observation
-    keys = sorted(observation.keys() - {"achieved_goal"})
-    return np.concatenate([flat(observation[key]) for key in keys], axis=-1)
+def read_hdf5(path, name, source):
+    """A file in D4RL's layout: Dataset.KEYS, one row a step."""
+    import h5py
+
+    if not path.exists():
+        raise UserError(f"{path} is missing")
+    try:
+        with h5py.File(path) as f:
+            keys = list(itertools.islice(f, 9))
+            found = {key: f.get(key) for key in Dataset.KEYS}
+            arrays = {key: x[()] for key, x in found.items() if isinstance(x, h5py.Dataset)}
+    except Exception as error:  # of h5py, numpy or the file system
+        raise UserError(f"{path} cannot be read as HDF5 ({error})") from None
+    if missing := [key for key in Dataset.KEYS if key not in arrays]:
+        shown = ", ".join(keys[:8]) + ", ..." * (len(keys) > 8)
+        layouts = {"data": "robomimic's", "episode_0": "Minari's: give minari:ID"}
+        hints = [f"; the layout is {text}" for key, text in layouts.items() if key in keys]
+        lacks = f"lacks the arrays {', '.join(missing)} of D4RL's layout"
+        raise UserError(f"{path} {lacks}; it has {shown or 'nothing'}{''.join(hints)}")
+    return Dataset(name, source, [np.asarray(x) for x in arrays.values()])
 
 
 def read_minari(dataset_id):
@@ -248,31 +274,22 @@ def read_minari(dataset_id):
         missing = dataset_id not in minari.list_local_datasets()
         episodes = list(minari.load_dataset(dataset_id, download=missing).iterate_episodes())
         # an episode has one observation more than actions: the last one, on which nobody acted
-        rows = [np.concatenate([flat(getattr(e, key))[: len(e)] for e in episodes]) for key in keys]
+        columns = [[getattr(e, key) for e in episodes] for key in keys]
+        columns[0] = [flat(x, len(e) + 1)[:-1] for x, e in zip(columns[0], episodes, strict=True)]
+        columns = [np.concatenate(column) for column in columns]
     except Exception as error:  # whatever a network library raises, too
         hint = "Box spaces? network? pip install 'minari[hf,gcs]'?"
         raise UserError(f"minari:{dataset_id} cannot be read ({error!r}); {hint}") from error
-    rows[4][np.cumsum([len(e) for e in episodes]) - 1] = True  # also where it was cut off
-    return Dataset(dataset_id, "minari", rows)
+    columns[4][np.cumsum([len(e) for e in episodes]) - 1] = True  # also where it was cut off
+    return Dataset(dataset_id, "minari, not D4RL's", columns)
 
 
-def read_hdf5(path, name, source):
-    """A file in D4RL's layout: Dataset.KEYS, one row a step."""
-    import h5py
-
-    try:
-        with h5py.File(path) as f:
-            if missing := [key for key in Dataset.KEYS if key not in f]:
-                raise UserError(f"{path} lacks {', '.join(missing)}; it has {', '.join(f) or '-'}")
-            return Dataset(name, source, [np.asarray(f[key][()]) for key in Dataset.KEYS])
-    except (OSError, TypeError) as error:
-        raise UserError(f"{path} is missing, no HDF5 file or cut short ({error})") from None
-
-
-def window_starts(begins, ends, horizon):
-    """First rows of all windows of `horizon` rows inside one episode, the last one too: (W,)."""
-    pairs = zip(begins, ends, strict=True)
-    return np.concatenate([np.arange(begin, max(begin, end - horizon + 2)) for begin, end in pairs])
+def flat(observation, rows):
+    """An array, or a dict of them without `achieved_goal`, side by side: (rows, O)."""
+    if not isinstance(observation, dict):
+        return np.reshape(observation, (rows, -1))
+    keys = sorted(observation.keys() - {"achieved_goal"})
+    return np.concatenate([flat(observation[key], rows) for key in keys], axis=1)
 
 
 def returns_to_go(rewards, begins, ends, terminated, gamma=0.99):
@@ -283,7 +300,8 @@ def returns_to_go(rewards, begins, ends, terminated, gamma=0.99):
     """
     result = rewards.astype(np.float64)
     for begin, end, fell in zip(begins, ends, terminated, strict=True):
-        following = 0.0 if fell else result[max(begin, end - 99) : end + 1].mean() / (1 - gamma)
+        last = result[max(begin, end - 99) : end + 1]
+        following = 0.0 if fell else last.mean() / (1 - gamma)
         for row in range(end, begin - 1, -1):
             result[row] += gamma * following
             following = result[row]
@@ -292,19 +310,24 @@ def returns_to_go(rewards, begins, ends, terminated, gamma=0.99):
 
 def fit_range(x):
     """Rows (N, D) -> the table (2, D), centre and half range, that maps them to [-1, 1]."""
-    low, high = x.amin(0), x.amax(0)
-    half = torch.where(high - low > 1e-6, (high - low) / 2, 1.0)  # a constant column maps to 0
-    return torch.stack([(low + high) / 2, half])
+    low = x.amin(0)
+    high = x.amax(0)
+    # a column that varies by less than float32 can tell is constant: its half range is 0
+    varies = high - low > 1e-6 * torch.maximum(low.abs(), high.abs())
+    half = torch.where(varies, (high - low) / 2, 0.0)
+    return torch.stack([torch.where(varies, low + half, x[0]), half])
 
 
 def encode(x, table):
-    """Raw (..., D) -> normalised (..., D), by a table of `fit_range`."""
-    return (x - table[0]) / table[1]
+    """Raw (..., D) -> normalised (..., D), at most 3: thrice as far out as the data ever were."""
+    centre, half = table
+    return torch.where(half > 0, (x - centre) / half, 0.0).clamp(-3, 3)
 
 
 def decode(x, table):
     """Normalised (..., D) -> raw (..., D)."""
-    return x * table[1] + table[0]
+    centre, half = table
+    return x * half + centre
 
 
 class Batches:
@@ -312,47 +335,44 @@ class Batches:
 
     def __init__(self, dataset, horizon=16, gamma=0.99, device="cpu"):
         begins, ends = dataset.begins, dataset.ends
-        starts = window_starts(begins, ends, horizon)
-        if not len(starts):
-            longest = (ends - begins).max() + 1
-            raise UserError(f"{dataset.name}: --horizon {horizon}, longest episode {longest} rows")
         go = returns_to_go(dataset.rewards, begins, ends, dataset.terminated, gamma)
         raw = {"obs": dataset.observations, "action": dataset.actions, "return": go[:, None]}
         raw = {name: torch.tensor(x, dtype=torch.float32, device=device) for name, x in raw.items()}
         self.normalizer = {name: fit_range(x) for name, x in raw.items()}
-        self.obs, self.actions, go = (encode(x, self.normalizer[name]) for name, x in raw.items())
-        self.returns_to_go, self.gamma = go.squeeze(1), gamma  # (N,)
-        self.starts = torch.tensor(starts, device=device)  # (W,)
-        self.lasts = torch.tensor(np.repeat(ends, ends - begins + 1), device=device)  # (N,)
-        self.chunk = torch.arange(horizon, device=device)
-
-    def windows(self, batch, weights=None):
-        """Random windows, as likely as weights (W,), or alike: state (B, O), plan x0 (B, H, A)."""
-        weights = torch.ones_like(self.returns_to_go[self.starts]) if weights is None else weights
-        drawn = self.starts[torch.multinomial(weights, batch, replacement=True)]
-        return self.rows(drawn, len(self.chunk))
+        self.obs = encode(raw["obs"], self.normalizer["obs"])  # (N, O)
+        self.actions = encode(raw["action"], self.normalizer["action"])  # (N, A)
+        self.returns_to_go = encode(raw["return"], self.normalizer["return"]).squeeze(1)  # (N,)
+        # the last row of each row's episode, (N,)
+        self.lasts = torch.tensor(np.repeat(ends, ends - begins + 1), device=device)
+        self.horizon = horizon
+        self.dims = [dataset.observations.shape[1], dataset.actions.shape[1]]
+        self.padded = int(np.minimum(ends - begins + 1, horizon - 1).sum())  # windows
 
     def rows(self, rows, actions):
-        """States (B, O) of rows (B,), the actions (B, actions, A) from there, the last repeated."""
-        chunk = torch.minimum(rows[:, None] + self.chunk[:actions], self.lasts[rows, None])
-        return self.obs[rows], self.actions[chunk]
+        """States (B, O) of rows (B,), the actions (B, actions, A) from there."""
+        # an episode's last action is repeated, so that states before a fall start windows, too
+        chunk = rows[:, None] + torch.arange(actions, device=rows.device)
+        return self.obs[rows], self.actions[torch.minimum(chunk, self.lasts[rows, None])]
 
-    def transitions(self, batch, actions=1, value=None):
-        """Random rows t: state (B, O), actions (B, n, A) from there, R's target (B,).
+    def windows(self, batch, sums=None):
+        """Random windows: state (B, O), plan x0 (B, H, A).
 
-        It is the return-to-go G_t; with `value`, V: state -> (B,), n-step TD: V(s_{t+n}) in place
-        of what follows from row t + n on, if the episode gets there; else it stays G_t.
+        sums (N,) float64: cumulative sum of the weights by which rows are drawn; None: alike.
         """
-        t = torch.randint(len(self.obs), (batch,), device=self.obs.device)
-        target = self.returns_to_go[t]
-        if value is not None:
-            later = torch.minimum(t + actions, self.lasts[t])
-            beyond = value(self.obs[later]) - self.returns_to_go[later]
-            target = target + self.gamma**actions * beyond * (t + actions == later)
-        return *self.rows(t, actions), target
+        if sums is None:
+            drawn = torch.randint(len(self.obs), (batch,), device=self.obs.device)
+        else:
+            quantiles = sums[-1] * torch.rand(batch, dtype=sums.dtype, device=sums.device)
+            drawn = torch.searchsorted(sums, quantiles, right=True).clamp(max=len(sums) - 1)
+        return self.rows(drawn, self.horizon)
+
+    def transitions(self, batch, actions):
+        """Random rows: state (B, O), the actions (B, actions, A) from there, return-to-go (B,)."""
+        drawn = torch.randint(len(self.obs), (batch,), device=self.obs.device)
+        return *self.rows(drawn, actions), self.returns_to_go[drawn]
 
 
-# ---- 3. Network: a temporal U-Net, its blocks scaled and shifted by a condition (FiLM) ---------
+# ---- 3. Network: a temporal U-Net, its blocks scaled and shifted by a condition (FiLM) -----------
 
 
 def expand(t):
@@ -365,7 +385,8 @@ class TemporalConv(nn.Linear):
 
     def __init__(self, c_in, c_out, kernel):
         super().__init__(kernel * c_in, c_out)
-        self.kernel, self.norm = kernel, nn.LayerNorm(c_out)
+        self.kernel = kernel
+        self.norm = nn.LayerNorm(c_out)
 
     def forward(self, x):
         # one matrix product over shifted copies: for short plans faster than the CPU's convolution
@@ -375,93 +396,97 @@ class TemporalConv(nn.Linear):
 
 
 class ResidualBlock(nn.Module):
-    """Two temporal convolutions and a skip; the condition (B, C) scales and shifts in between."""
+    """Two temporal convolutions and a skip; in between a scale and a shift (FiLM)."""
 
-    def __init__(self, c_in, c_out, condition, kernel):
+    def __init__(self, c_in, c_out, kernel):
         super().__init__()
         self.first = TemporalConv(c_in, c_out, kernel)
-        self.film = nn.Linear(condition, 2 * c_out)
         self.second = TemporalConv(c_out, c_out, kernel)
         self.skip = nn.Linear(c_in, c_out) if c_in != c_out else nn.Identity()
-        nn.init.ones_(self.film.bias[:c_out])  # a scale of about 1
 
-    def forward(self, x, condition):
-        scale, shift = self.film(condition)[:, None].chunk(2, dim=2)  # (B, 1, c_out) each
-        y = torch.addcmul(shift, self.first(x), scale)
+    def forward(self, x, film):
+        """x (B, L, C_in), film (B, 1, 2 C_out) -> (B, L, C_out)."""
+        scale, shift = film.chunk(2, dim=2)
+        y = torch.addcmul(shift, self.first(x), 1 + scale)
         return self.second(y) + self.skip(x)
 
 
 class UNet1d(nn.Module):
-    """The network F, a U-Net over a plan of actions or states: (x, embedding, state) -> (B, H, A).
+    """The network F, a U-Net over a plan: x (B, H, A), t, state (B, S), k -> (B, H, A).
 
-    x (B, H, A); embedding: `embed(t)`, a student's `embed(t, k)`; state (B, S). H: a multiple of
-    patch * 2^(levels - 1), as `patch` actions become one position, and each level halves those.
-    pinned: places (h, a) of a plan that hold the state's first columns, clean at all noise levels.
+    t, and for a student k: noise levels, floats or (B,). H must be a multiple of
+    patch * 2^(levels - 1): `patch` actions become one position, and each level halves those.
     """
 
     def __init__(
         self, plan_dim, state_dim, channels=(64, 128), kernel=3, blocks=1, patch=4, student=False
     ):
         super().__init__()
-        waves, widths = min(2 * channels[0], 256), (patch * plan_dim, *channels)
-        self.patch, self.pinned, c = patch, (), 2 * waves
+        self.patch = patch
+        waves = min(2 * channels[0], 256)
+        condition = 2 * waves
         frequencies = 250 * 10_000 ** -torch.linspace(0, 1, waves // 2)
         self.register_buffer("frequencies", frequencies, persistent=False)
-        self.level_in = nn.Linear(2 * waves if student else waves, c)  # of t; a student: t and k
-        self.level = nn.Sequential(nn.SiLU(), nn.Linear(c, c))
-        self.state = nn.Linear(state_dim, c)
-        self.condition = nn.Sequential(nn.SiLU(), nn.Linear(c, c), nn.SiLU())
+        self.level_in = nn.Linear(2 * waves if student else waves, condition)  # t; a student: t, k
+        self.level = nn.Sequential(nn.SiLU(), nn.Linear(condition, condition))
+        self.state = nn.Linear(state_dim, condition)
+        self.condition = nn.Sequential(nn.SiLU(), nn.Linear(condition, condition), nn.SiLU())
+        self.film_sizes = []  # of the blocks, in the order of the forward pass
 
-        def stack(n, c_in, c_out):
-            pairs = [(c_in, c_out)] + (n - 1) * [(c_out, c_out)]
-            return nn.ModuleList(ResidualBlock(*pair, c, kernel) for pair in pairs)
+        def stack(count, c_in, c_out):
+            self.film_sizes.extend(count * [2 * c_out])
+            sizes = [(c_in, c_out)] + (count - 1) * [(c_out, c_out)]
+            return nn.ModuleList(ResidualBlock(*size, kernel) for size in sizes)
 
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        widths = (patch * plan_dim, *channels)
+        self.down = nn.ModuleList()
         for above, width in itertools.pairwise(widths[:-1]):
             halve = nn.Linear(2 * width, width)  # two positions -> one
             self.down.append(nn.ModuleList([stack(blocks, above, width), halve]))
         self.middle = stack(2 * blocks, *widths[-2:])
+        self.up = nn.ModuleList()
         for below, width in itertools.pairwise(reversed(channels)):
             double = nn.Linear(below, 2 * width)  # one position -> two
             self.up.append(nn.ModuleList([double, stack(blocks, 2 * width, width)]))
+        self.film = nn.Linear(condition, sum(self.film_sizes))
         self.out = nn.Linear(channels[0], widths[0])
 
-    def pin(self, x, state):
-        """x (B, H, A), at the pinned places the clean values of the state (B, S)."""
-        if self.pinned:
-            (h, a), x = zip(*self.pinned, strict=True), x.clone()
-            x[:, h, a] = state[:, : len(h)]
-        return x
-
     def embed(self, *levels):
-        """Noise levels t (a student: t, k), floats or (B,) -> (1 or B, C), MLP of sinusoids."""
+        """Noise levels t, for a student t and k, floats or (B,) -> (1 or B, condition)."""
         like = self.frequencies
-        columns = [torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in levels]
-        angles = torch.stack(columns, dim=-1).log().reshape(-1, len(levels), 1) * like
-        return self.level(self.level_in(torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1)))
+        levels = [torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in levels]
+        levels = torch.broadcast_tensors(*levels)
+        angles = [x.log().reshape(-1, 1) * like for x in levels]
+        waves = [wave(x) for x in angles for wave in (torch.sin, torch.cos)]
+        return self.level(self.level_in(torch.cat(waves, dim=1)))
 
-    def forward(self, x, embedding, state):
-        condition = self.condition(embedding + self.state(state))  # (B, C)
-        y, skips = x.reshape(x.shape[0], -1, self.patch * x.shape[2]), []  # (B, H / patch, patch A)
+    def forward(self, x, t, state, k=None):
+        embedding = self.embed(t) if k is None else self.embed(t, k)
+        condition = self.condition(embedding + self.state(state))
+        films = iter(self.film(condition)[:, None].split(self.film_sizes, dim=2))
+
+        y = x.reshape(x.shape[0], -1, self.patch * x.shape[2])  # (B, H / patch, patch A)
+        skips = []
         for blocks, halve in self.down:
             for block in blocks:
-                y = block(y, condition)
+                y = block(y, next(films))
             skips.append(y)
             y = halve(y.reshape(y.shape[0], y.shape[1] // 2, -1))
         for block in self.middle:
-            y = block(y, condition)
+            y = block(y, next(films))
         for double, blocks in self.up:
             y = double(y).reshape(y.shape[0], 2 * y.shape[1], -1)
             y = torch.cat([y, skips.pop()], dim=2)
             for block in blocks:
-                y = block(y, condition)
+                y = block(y, next(films))
         return self.out(y).reshape(x.shape)
 
 
 def warm_start(student, teacher):
     """Give a student the teacher's weights; what reads k starts at 0: the teacher, whatever k."""
-    weights, student.pinned, first = teacher.state_dict(), teacher.pinned, "level_in.weight"
-    weights[first] = torch.cat([weights[first], torch.zeros_like(weights[first])], dim=1)
+    weights = teacher.state_dict()
+    of_t = weights["level_in.weight"]
+    weights["level_in.weight"] = torch.cat([of_t, torch.zeros_like(of_t)], dim=1)
     student.load_state_dict(weights)
 
 
@@ -483,27 +508,24 @@ def lognormal_levels(batch, device="cpu", mean=-1.2, std=1.2, smin=SIGMA_MIN, sm
     return normal.icdf(quantile).exp().clamp(smin, smax)
 
 
-def precondition(net, t, k=None, smin=SIGMA_MIN, sigma_data=SIGMA_DATA):
-    """c_skip, c_out, c_in of Karras et al. 2022 and the network's embedding, at levels t and k.
+def precondition(t, smin=SIGMA_MIN, sigma_data=SIGMA_DATA):
+    """c_skip, c_out, c_in of Karras et al. 2022 at levels t, like t: floats or (B,).
 
-    With the boundary condition of consistency models: c_skip = 1 and c_out = 0 at smin. t, k:
-    floats or (B,) -> the factors are floats or (B, 1, 1), the embedding is (1 or B, embed).
+    With the boundary condition of consistency models: c_skip = 1 and c_out = 0 at smin.
     """
     root = (t**2 + sigma_data**2) ** 0.5
     c_skip = sigma_data**2 / ((t - smin) ** 2 + sigma_data**2)
     c_out = (t - smin) * sigma_data / root
-    embedding = net.embed(t) if k is None else net.embed(t, k)
-    return expand(c_skip), expand(c_out), expand(1 / root), embedding
+    return c_skip, c_out, 1 / root
 
 
-def denoise(net, x, t, state, k=None, level=None):
+def denoise(net, x, t, state, k=None, smin=SIGMA_MIN):
     """The teacher's denoiser D(x, t), or the student's g(x, t, k), made of the network F.
 
-    x (B, H, A), t and k floats or (B,), state (B, S) -> estimate of the clean plan (B, H, A); at
-    smin x itself but for pins. level: what `precondition` gave, at fixed levels or other constants.
+    x (B, H, A), t, k floats or (B,), state (B, S) -> the clean plan (B, H, A); at smin x itself.
     """
-    c_skip, c_out, c_in, embedding = level or precondition(net, t, k)
-    return net.pin(c_skip * x + c_out * net(net.pin(c_in * x, state), embedding, state), state)
+    c_skip, c_out, c_in = precondition(t, smin)
+    return expand(c_skip) * x + expand(c_out) * net(expand(c_in) * x, t, state, k)
 
 
 def heun_step(denoiser, x, t, u, smin=SIGMA_MIN):
@@ -556,7 +578,8 @@ def edm_loss(denoiser, x0, t, noise, distance=squared):
 
     denoiser: callable (x, t) -> x0; x0, noise (B, H, A); t (B,). The ODE needs the mean, `squared`.
     """
-    return (edm_weight(t) * distance(denoiser(x0 + expand(t) * noise, t), x0)).mean()
+    x_t = x0 + expand(t) * noise
+    return (edm_weight(t) * distance(denoiser(x_t, t), x0)).mean()
 
 
 # ---- 5. Reward model (RACTD Eq. 8): the return-to-go of a state and the actions taken there ------
@@ -570,13 +593,18 @@ def mlp(c_in, width=256):
 
 
 class RewardModel(nn.Module):
-    """R: state (B, S), plan (B, H, A), its first `actions` -> scaled return-to-go (B,); V(s)."""
+    """R: state (B, S), plan (B, H, A), its first `actions` -> scaled return-to-go (B,).
+
+    The mean of `networks` networks; the paper has one, and one action. V is the soft value of a
+    state, for section 7 alone.
+    """
 
     def __init__(self, state_dim, action_dim, actions=1, networks=1):
         super().__init__()
-        self.actions, self.V = actions, mlp(state_dim)
+        self.actions = actions
         width = state_dim + actions * action_dim
         self.networks = nn.ModuleList(mlp(width) for _ in range(networks))
+        self.V = mlp(state_dim)
 
     def each(self, state, plan):
         """What each of the networks says: (networks, B)."""
@@ -587,49 +615,16 @@ class RewardModel(nn.Module):
         return self.each(state, plan).mean(0)
 
 
-# ---- 6. Not in the paper: the tilt, in place of Eq. 8's gradient, and whole paths in Eq. 5 -------
+# ---- 6. CTM student and its losses (RACTD Eqs. 5-9; Kim et al. 2024) -----------------------------
 
 
-def tilt(reward, value, sigma, cap=5.0):
-    """exp(sigma (R - V)), the weight of a plan x0 in state s, at most exp(cap).
+def student_jump(net, x, t, k, state):
+    """G(x, t, k) = (k/t) x + (1 - k/t) g(x, t, k), Eq. 6's jump from t to k <= t in one call.
 
-    reward, value (B,): R(s, x0) and V(s) = log E[exp(sigma R) | s] / sigma -> (B,), mean 1 in each
-    state. But for the cap, plans drawn so have the density p(x0 | s) exp(sigma R) / Z(s), that with
-    the largest E[R] - KL(. || p) / sigma, Eq. 9's trade-off; Eqs. 4 to 7 learn it as they are.
+    x (B, H, A); t, k floats or (B,); state (B, S) -> (B, H, A): x if k = t, g if k = 0.
     """
-    return (sigma * (reward - value)).clamp(max=cap).exp()
-
-
-def value_loss(reward, value, sigma, cap=5.0):
-    """(exp(z) - z - 1) / sigma^2, z = sigma (R - V), mean over the batch; both (B,) -> scalar.
-
-    Its minimiser is V(s) = log E[exp(sigma R) | s] / sigma (Garg et al. 2023); linear beyond cap.
-    """
-    z = sigma * (reward - value)
-    inside = z.clamp(max=cap)
-    return (inside.exp() * (1 + z - inside) - z - 1).mean() / sigma**2
-
-
-def path_loss(plan, x_T, teacher, sigmas, distance=pseudo_huber):
-    """d(G(x_T, T, 0), the end of the teacher's path from x_T), mean over the batch -> scalar.
-
-    Eq. 5 for u = k = 0 (Kim et al. 2024 draw u freely): no chain of jumps for the one that acts.
-    plan, x_T (B, H, A): the student's, with gradient, and its noise; the rest as in `heun_sample`.
-    """
-    return distance(plan, heun_sample(teacher, x_T, sigmas)).mean()
-
-
-# ---- 7. CTM student and its losses (RACTD Eqs. 5-9; Kim et al. 2024) -----------------------------
-
-
-def jump_from(x, g, t, k):
-    """G = (k/t) x + (1 - k/t) g, x and g (B, H, A): x if k = t, g if k = 0 (Kim et al. 2024)."""
+    g = denoise(net, x, t, state, k)
     return torch.lerp(g, x, expand(k / t))
-
-
-def student_jump(net, x, t, k, state, level=None):
-    """G(x, t, k) of Eq. 6: from noise level t straight to k <= t by one network call: (B, H, A)."""
-    return jump_from(net.pin(x, state), denoise(net, x, t, state, k, level), t, k)
 
 
 def draw_jumps(batch, sigmas):
@@ -640,28 +635,29 @@ def draw_jumps(batch, sigmas):
     return sigmas[i_u - 1], sigmas[i_u], sigmas[i_k]
 
 
-def ctm_loss(g, x_t, t, u, k, teacher, frozen_jump, smin=SIGMA_MIN, distance=pseudo_huber):
+def ctm_loss(jump, frozen_jump, denoiser, x_t, t, u, k, smin=SIGMA_MIN, distance=pseudo_huber):
     """Eqs. 5 and 6: the student's jump t -> k against the teacher's step t -> u and a jump u -> k.
 
-    g (B, H, A): the student's g(x_t, t, k), with gradient; t > u >= k, (B,) each. teacher: D,
-    callable (x, t) -> x0, frozen. frozen_jump: G_sg, callable (x, t, k) -> x, whose weights are
-    frozen while the gradient passes through it. -> scalar
+    jump, frozen_jump: G_theta and G_sg(theta), callables (x, t, k) -> x; the weights of the second
+    are frozen, while the gradient passes through it. denoiser: the teacher's D, callable
+    (x, t) -> x0. x_t (B, H, A); t > u >= k, (B,) each. -> scalar
     """
     zero = torch.full_like(k, smin)
-    x_hat = jump_from(x_t, g, t, k)  # Eq. 6, left: G_theta(x_t, t, k)
+    x_hat = jump(x_t, t, k)  # Eq. 6, left: G_theta(x_t, t, k)
     estimate = frozen_jump(x_hat, k, zero)  # Eq. 5, left: carried on to 0
     with torch.no_grad():
-        x_u = heun_step(teacher, x_t, t, u, smin)  # Eq. 6, right: Solver(x_t, t, u; phi)
-        x_ref = frozen_jump(x_u, u, k)  # Eq. 6, right: G_sg(x_u, u, k)
-        target = frozen_jump(x_ref, k, zero)  # Eq. 5, right: carried on to 0
+        x_u = heun_step(denoiser, x_t, t, u, smin)  # Eq. 6, right: Solver(x_t, t, u; phi)
+        x_k = frozen_jump(x_u, u, k)  # Eq. 6, right: G_sg(x_u, u, k)
+        target = frozen_jump(x_k, k, zero)  # Eq. 5, right: carried on to 0
     return distance(estimate, target).mean()
 
 
 def dsm_loss(prediction, x0, t, distance=squared):
     """Eq. 7: w(t) d(x0, prediction of x0 from x_t), mean over the batch -> scalar.
 
-    prediction (B, H, A): g(x_t, t, t), the student as a denoiser (Kim et al. 2024; default), or
-    G(x_t, t, 0), Eq. 7 to the letter, which asks an ODE path's end to be a mean or a median.
+    prediction (B, H, A): --denoising mean: g(x_t, t, t), the student as a denoiser, as in Kim et
+    al. 2024, with the squared error in Eqs. 4 and 7; paper: G(x_t, t, 0), Eq. 7 to the letter,
+    which asks an ODE path's end to be a mean or, with the pseudo-Huber distance, a median.
     """
     return (edm_weight(t) * distance(prediction, x0)).mean()
 
@@ -669,49 +665,61 @@ def dsm_loss(prediction, x0, t, distance=squared):
 def reward_loss(reward_model, state, plan):
     """Eq. 8: -R(s_n, a_n), mean over the batch -> scalar.
 
-    state (B, S); plan (B, H, A): the student's, by one call; here clipped to the action box, as R,
-    callable (state, plan) -> (B,), has seen nothing outside it.
+    reward_model: callable (state (B, S), plan (B, H, A)) -> (B,). --reward-input plan: the
+    student's one-call plan, as the paper's text has it; dsm: its prediction in Eq. 7, at every
+    noise level, as released. Clipped to the action box, as R has seen nothing outside it.
     """
     return -reward_model(state, plan.clamp(-1, 1)).mean()
 
 
-def distillation_loss(student, target, teacher, reward_model, state, x0, config, d=pseudo_huber):
-    """Eq. 9: alpha (L_CTM + paths) + beta L_DSM + sigma L_Reward, on one batch -> (loss, info).
+def distillation_loss(
+    student, target, teacher, reward_model, state, x0, config, distance=pseudo_huber
+):
+    """Eq. 9: alpha L_CTM + beta L_DSM + sigma L_Reward, on one batch -> (loss, {name: tensor}).
 
-    student, target, teacher: networks; reward_model: callable (state, plan) -> (B,), or None for
-    no Eq. 8; all but the student frozen. state (B, S), x0 (B, H, A); config: Config; d of Eq. 5.
+    student, target, teacher: networks, the last two frozen; reward_model: callable
+    (state, plan) -> (B,), None for CTD. state (B, S), x0 (B, H, A); config: Config; distance: d of
+    Eq. 5.
     """
-    denoiser = lambda x, t: denoise(teacher, x, t, state[: len(x)])
+    jump = lambda x, t, k: student_jump(student, x, t, k, state)
     frozen_jump = lambda x, t, k: student_jump(target, x, t, k, state)
-    distance = pseudo_huber if config.distance == "pseudo-huber" else squared
+    denoiser = lambda x, t: denoise(teacher, x, t, state)
+
+    # Eqs. 5 and 6: CTM
     t, u, k = draw_jumps(len(x0), karras_sigmas(config.grid_points, device=x0.device).to(x0))
     x_t = x0 + expand(t) * torch.randn_like(x0)
-    zero, top = torch.full_like(t, SIGMA_MIN), torch.full_like(t, SIGMA_MAX)
-    t_dsm = lognormal_levels(len(x0), x0.device)
-    k_dsm = zero if config.dsm_target == "jump" else t_dsm
-    x_dsm = x0 + expand(t_dsm) * torch.randn_like(x0)
-    n = min(config.path_batch, len(x0))
-    x_T = config.temperature * SIGMA_MAX * torch.randn_like(x0[:n])
-    # one network call for Eqs. 5 and 7 and the paths, for several smaller ones take longer
-    parts = (x_t, t, k, state), (x_dsm, t_dsm, k_dsm, state), (x_T, top[:n], zero[:n], state[:n])
-    x, start, end, states = (torch.cat(column) for column in zip(*parts, strict=True))
-    g_ctm, g_dsm, g_T = denoise(student, x, start, states, end).split([len(x0), len(x0), n])
-    if config.dsm_target == "jump":
-        g_dsm = jump_from(student.pin(x_dsm, state), g_dsm, t_dsm, zero)  # G(x_t, t, 0)
+    ctm = ctm_loss(jump, frozen_jump, denoiser, x_t, t, u, k, distance=distance)
 
-    ctm = ctm_loss(g_ctm, x_t, t, u, k, denoiser, frozen_jump, distance=d)
-    dsm = dsm_loss(g_dsm, x0, t_dsm, distance)
-    info = {"ctm": ctm.detach(), "dsm": dsm.detach()}
-    if n:
-        plan = jump_from(x_T, g_T, top[:n], zero[:n])
-        path = path_loss(plan, x_T, denoiser, karras_sigmas(7), d)  # 11 calls a path
-        ctm, info["path"] = ctm + path, path.detach()
-    loss = config.ctm_weight * ctm + config.dsm_weight * dsm
-    if reward_model is None:
-        return loss, info
+    # Eq. 7: DSM
+    t = lognormal_levels(len(x0), x0.device)
+    x_t = x0 + expand(t) * torch.randn_like(x0)
+    if config.denoising == "paper":
+        prediction = jump(x_t, t, torch.full_like(t, SIGMA_MIN))  # G(x_t, t, 0)
+        dsm = dsm_loss(prediction, x0, t, pseudo_huber)
+    else:
+        prediction = denoise(student, x_t, t, state, t)  # g(x_t, t, t)
+        dsm = dsm_loss(prediction, x0, t)
+
+    # Eq. 8: reward of the one-call plan G(x_T, T, 0), from the noise that the policy acts from
     x_T = config.temperature * SIGMA_MAX * torch.randn_like(x0)
-    reward = reward_loss(reward_model, state, student_jump(student, x_T, top, zero, state))
-    return loss + config.reward_weight * reward, info | {"R": -reward.detach()}
+    plan = jump(x_T, SIGMA_MAX, SIGMA_MIN)
+    reward = 0.0
+    if reward_model:
+        acts = plan if config.reward_input == "plan" else prediction
+        reward = reward_loss(reward_model, state, acts)
+
+    # not in the paper: Eq. 5 for u = k = 0, on the first of these plans, see section 7
+    path = 0.0
+    if config.trajectories:
+        n = config.trajectories
+        of_first = lambda x, t: denoise(teacher, x, t, state[:n])
+        path = trajectory_loss(plan[:n], x_T[:n], of_first, distance=distance)
+
+    # Eq. 9
+    loss = config.ctm_weight * (ctm + path) + config.dsm_weight * dsm
+    loss = loss + config.reward_weight * reward
+    terms = {"ctm": ctm, "dsm": dsm, "R": -reward, "path": path}
+    return loss, {name: x.detach() for name, x in terms.items() if torch.is_tensor(x)}
 
 
 @torch.no_grad()
@@ -729,19 +737,141 @@ def student_sample(jump, x_T, sigmas, nfe=1, noise=torch.randn_like):
     return x
 
 
-# ---- 8. Training --------------------------------------------------------------------------------
+# ---- 7. Beyond the paper: advantage weights for the teacher, trajectories for the student --------
+# Undone by --no-reward-teacher and --trajectories 0. The rest of what the default adds are settings:
+# --reward-networks, --reward-actions, --temperature, --denoising; README.md says why.
 
-WEIGHT_DECAY = {"teacher": 1e-6, "tilted": 1e-6, "reward": 1e-3, "student": 1e-4}  # as released
-FORMAT = 3  # of checkpoints
+ADVANTAGE_SCALE = 40.0  # of returns-to-go that are scaled to [-1, 1]; one for all data
+
+
+def advantage_weight(reward, value, scale=ADVANTAGE_SCALE, cap=5.0):
+    """exp(scale (R - V)), at most exp(cap): the weight of a plan x0 in state s (AWR; IQL).
+
+    reward, value (B,): R(s, x0) and V(s) = log E[exp(scale R) | s] / scale -> (B,), mean 1 in each
+    state. But for the cap, plans drawn so have the density p(x0 | s) exp(scale R) / Z(s), that with
+    the largest E[R] - KL(. || p) / scale; Eqs. 4 to 7 learn it as they are: a "reward teacher" of
+    the paper's Table 5, without a gradient through R, which is wrong outside the data.
+    """
+    return (scale * (reward - value)).clamp(max=cap).exp()
+
+
+def value_loss(reward, value, scale=ADVANTAGE_SCALE, cap=5.0):
+    """(exp(z) - z - 1) / scale^2, z = scale (R - V), mean over the batch; both (B,) -> scalar.
+
+    Its minimiser is the soft value V(s) = log E[exp(scale R) | s] / scale (extreme Q-learning,
+    Garg et al. 2023); linear beyond the cap.
+    """
+    z = scale * (reward - value)
+    inside = z.clamp(max=cap)
+    return (inside.exp() * (1 + z - inside) - z - 1).mean() / scale**2
+
+
+@torch.no_grad()
+def advantage_sums(batches, reward_model):
+    """Cumulative sum of the advantage weights of all rows (N,) float64, for `Batches.windows`."""
+    weights = []
+    for rows in torch.arange(len(batches.obs), device=batches.obs.device).split(4096):
+        state, plan = batches.rows(rows, reward_model.actions)
+        weights.append(advantage_weight(reward_model(state, plan), reward_model.V(state)))
+    weights = torch.cat(weights).double()
+    total = weights.sum().item()
+    if not 0 < total < math.inf:
+        raise UserError(f"the advantage weights add up to {total}; try a smaller --reward-lr")
+    worth = total**2 / weights.square().sum().item()
+    print(f"advantage: the {len(weights):,} weighted windows are worth {worth:,.0f} equal ones")
+    return weights.cumsum(0)
+
+
+def trajectory_loss(plan, x_T, denoiser, n=7, distance=pseudo_huber):
+    """d(G(x_T, T, 0), the end of the teacher's trajectory from x_T), mean over the batch -> scalar.
+
+    Eq. 5 for u = k = 0 (Kim et al. 2024 draw u freely): no chain of jumps for the one that acts.
+    plan (B, H, A): the student's, with gradient, from the noise x_T (B, H, A); denoiser: the
+    teacher's D, callable (x, t) -> x0; n: points of Heun's method.
+    """
+    return distance(plan, heun_sample(denoiser, x_T, karras_sigmas(n))).mean()
+
+
+# ---- 8. Training: each stage is a network and its loss -------------------------------------------
+
+FORMAT = 4  # of checkpoints
+CONTENTS = """format stage env dataset dims box normalizer recipe config step steps seconds log rng
+    net ema optimizer"""
 SAVE_EVERY = 30.0  # seconds between checkpoints
+WEIGHT_DECAY = {"reward": 1e-3, "teacher": 1e-6, "student": 1e-4}  # as released
+TARGET_DECAY = 0.99  # of the student's average, G_sg in Eqs. 5 and 6; released: 0, a copy
+
+
+def make_network(stage, config, dims):
+    """The untrained network of a stage; dims: sizes of an observation and an action."""
+    if stage == "reward":
+        return RewardModel(*dims, config.reward_actions, config.reward_networks)
+    size = NETWORKS[config.network]
+    multiple = size["patch"] * 2 ** (len(size["channels"]) - 1)
+    if config.horizon % multiple:
+        way_out = f"must be a multiple of {multiple} with --network {config.network}"
+        raise UserError(f"--horizon {config.horizon}: {way_out}")
+    return UNet1d(dims[1], dims[0], **size, student=stage == "student")
+
+
+def load_network(checkpoint, device="cpu"):
+    """The network of a checkpoint with its averaged weights, frozen."""
+    net = make_network(checkpoint["stage"], Config(**checkpoint["config"]), checkpoint["dims"])
+    net.load_state_dict(checkpoint["ema"])
+    return net.to(device).eval().requires_grad_(False)
+
+
+def reward_stage(config, batches):
+    """The reward model and loss_fn(net, average): the squared error of returns-to-go, and V's."""
+
+    def loss_fn(net, average):
+        state, plan, go = batches.transitions(config.reward_batch, net.actions)
+        errors = (net.each(state, plan) - go).square().mean(1)  # (networks,)
+        state, plan, _ = batches.transitions(2 * config.reward_batch, net.actions)
+        v_loss = value_loss(average(state, plan), net.V(state))  # for section 7
+        return errors.sum() + v_loss, {"error": errors.mean().detach(), "V": v_loss.detach()}
+
+    return make_network("reward", config, batches.dims).to(batches.obs.device), loss_fn
+
+
+def teacher_stage(config, batches, reward=None):
+    """The teacher and loss_fn(net, average), Eq. 4; with a reward model a reward teacher's."""
+    distance = pseudo_huber if config.denoising == "paper" else squared
+    sums = advantage_sums(batches, reward) if config.reward_teacher else None
+
+    def loss_fn(net, average):
+        state, x0 = batches.windows(config.teacher_batch, sums)
+        t = lognormal_levels(len(x0), x0.device)
+        denoiser = lambda x, t: denoise(net, x, t, state)
+        return edm_loss(denoiser, x0, t, torch.randn_like(x0), distance), {}
+
+    return make_network("teacher", config, batches.dims).to(batches.obs.device), loss_fn
+
+
+def student_stage(config, batches, teacher, reward=None):
+    """The student and loss_fn(net, average), Eq. 9, on the windows that the teacher learnt from."""
+    student = make_network("student", config, batches.dims).to(batches.obs.device)
+    warm_start(student, teacher)
+    sums = advantage_sums(batches, reward) if config.reward_teacher else None
+    gradient = reward if config.reward_weight else None
+
+    def loss_fn(net, average):
+        state, x0 = batches.windows(config.student_batch, sums)
+        return distillation_loss(net, average, teacher, gradient, state, x0, config)
+
+    return student, loss_fn
+
+
+STAGES = {"reward": reward_stage, "teacher": teacher_stage, "student": student_stage}
 
 
 @contextlib.contextmanager
 def replacing(path):
     """A binary file that takes the place of `path` once it is written whole, or never."""
     path = Path(path)
-    partial = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
+    # a name of its own for each process, as two may work in one folder
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(partial, "wb") as f:
             yield f
@@ -750,20 +880,44 @@ def replacing(path):
         partial.unlink(missing_ok=True)
 
 
+def write_log(path, log):
+    """The log of the checkpoint at `path` beside it, as <stage>.jsonl, a line for each row."""
+    with replacing(path.with_suffix(".jsonl")) as f:
+        f.writelines((json.dumps(row) + "\n").encode() for row in log)
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint, whole or not at all, and its log."""
+    try:
+        with replacing(path) as f:
+            torch.save(checkpoint, f)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise UserError(f"{path} cannot be written ({error}); is the disk full?") from None
+    write_log(path, checkpoint["log"])
+
+
 def load_checkpoint(path, stage, device="cpu"):
     """A checkpoint of that stage, or UserError saying what is wrong with the file."""
     if not Path(path).is_file():
         raise UserError(f"no trained {stage} at {path}: train it first, see `ractd.py --help`")
+    with open(path, "rb") as f:
+        try:  # torch.load does not look at the checksums
+            whole = zipfile.ZipFile(f).testzip() is None
+        except Exception:  # of many kinds, as any byte may be another
+            whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged; delete it and give the same command again")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        found, version = checkpoint["stage"], checkpoint.get("format", 1)
-    except (OSError, EOFError, RuntimeError, pickle.PickleError, LookupError, TypeError) as error:
-        what = f"damaged, or no checkpoint of this program ({type(error).__name__})"
-        raise UserError(f"{path} is {what}; delete it and give the same command again") from None
+        version = checkpoint.get("format", 1)
+    except Exception as error:  # no checkpoint, or no such device, no memory
+        raise UserError(f"{path} cannot be loaded as a checkpoint ({error!r:.200})") from None
     if version != FORMAT:
         raise UserError(f"{path} is of another version of this program; delete it or change --out")
-    if found != stage:
-        raise UserError(f"{path} holds a {found}, not a {stage}")
+    if missing := [key for key in CONTENTS.split() if key not in checkpoint]:
+        raise UserError(f"{path} is no whole checkpoint: it lacks {', '.join(missing)}")
+    if checkpoint["stage"] != stage:
+        raise UserError(f"{path} holds a {checkpoint['stage']}, not a {stage}")
     return checkpoint
 
 
@@ -779,168 +933,207 @@ def train_step(net, average, optimizer, loss_fn, decay):
     return {**info, "loss": loss.detach(), "grad": norm}
 
 
-def log_progress(stage, step, steps, infos, seconds):
-    """Print the means of the last steps' infos -> the same as a dict; UserError if not finite."""
+def mean_of(infos, stage, step):
+    """Means of the last steps' infos -> {name: float}, or UserError if one is not finite."""
     means = {name: float(sum(info[name] for info in infos)) / len(infos) for name in infos[0]}
     for name, mean in means.items():  # the only point that waits for CUDA is the line above
         if not math.isfinite(mean):
             where = f"between steps {step - len(infos):,} and {step:,}"
             raise UserError(f"{stage}: {name} is {mean} {where}; try a smaller learning rate")
-    rate = len(infos) / seconds
-    eta = datetime.timedelta(seconds=round((steps - step) / rate))
-    numbers = "  ".join(f"{name} {mean:7.4f}" for name, mean in means.items())
-    print(f"{stage:8}{step:8,}/{steps:,}  {numbers}  {rate:6.1f} steps/s  ETA {eta}", flush=True)
-    return {"step": step, "steps": steps, **means, "steps_per_s": rate}
+    return means
 
 
-def fit(stage, net, loss_fn, config, path, meta):
-    """Train `net` for config.<stage>_steps and leave a checkpoint at `path`; resumes by itself.
+@contextlib.contextmanager
+def stop_signals():
+    """A list that gets Ctrl-C and SIGTERM, which else would end a step halfway."""
+    received = []
+    asked = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        asked = ()  # handlers belong to the main thread
+    handlers = [signal.signal(number, lambda n, _: received.append(n)) for number in asked]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(asked, handlers, strict=True):
+            signal.signal(number, handler)
 
-    loss_fn(net, average) draws a batch -> (loss, {name: tensor}); average: net's EMA, the result.
-    meta: what else the checkpoint holds. Ctrl-C saves; on the CPU resuming is exact, bit by bit.
+
+def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_decay=None):
+    """Train `net` for some steps and leave a checkpoint at `path`; resumes by itself.
+
+    loss_fn(net, average) draws a batch -> (loss, {name: tensor}); average: net's EMA, the result,
+    by target_decay, None: as the teacher's was released. meta: what else the checkpoint holds.
+    Ctrl-C and SIGTERM save; on the CPU resuming is exact, bit by bit.
     """
-    average, device = copy.deepcopy(net).eval().requires_grad_(False), next(net.parameters()).device
-    steps, like = getattr(config, f"{stage}_steps"), "teacher" if stage == "tilted" else stage
-    lr, warmup = (getattr(config, f"{like}_{name}") for name in ("lr", "warmup"))
+    device = next(net.parameters()).device
+    average = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(
-        net.parameters(), lr, (0.95, 0.999), weight_decay=WEIGHT_DECAY[stage], fused=True
+        net.parameters(), lr, (0.95, 0.999), weight_decay=weight_decay, fused=True
     )
-    parts, step, log, trained = {"net": net, "ema": average, "optimizer": optimizer}, 0, [], 0.0
+    parts = {"net": net, "ema": average, "optimizer": optimizer}
+    state = {"step": 0, "steps": steps, "log": [], "seconds": 0.0}
+
+    # go on where a checkpoint stops
     if path.exists():
         saved = load_checkpoint(path, stage, device)
-        step, log, trained = saved["step"], saved["log"], saved["seconds"]
+        state = {name: saved[name] for name in state}
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"].cpu())
-        print(f"{stage}: goes on from step {step:,} of {steps:,}")
-    interrupts, infos = [], []
-    began = logged_at = saved_at = time.monotonic()
-    handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # after the step
-    try:
+        print(f"{stage}: goes on from step {state['step']:,} of {steps:,}")
+
+    step = state["step"]
+    warmup = max(1, steps // 20)
+    infos = []  # since the last line
+    logged_at = saved_at = time.monotonic()
+    with stop_signals() as signals:
         while step < steps:
-            done = max(0, step - warmup) / max(1, steps - warmup)
-            factor = min((step + 1) / max(1, warmup), 0.5 + 0.5 * math.cos(math.pi * done))
-            optimizer.param_groups[0]["lr"] = lr * factor  # linear warm-up, then half a cosine
-            decay = min(0.9999, 1 - (1 + step) ** -0.75)
-            decay = config.target_decay if stage == "student" else decay
+            # linear warm-up, then half a cosine; the released rule of the average
+            cosine = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))
+            optimizer.param_groups[0]["lr"] = lr * min((step + 1) / warmup, cosine)
+            decay = min(0.9999, 1 - (1 + step) ** -0.75) if target_decay is None else target_decay
             infos.append(train_step(net, average, optimizer, loss_fn, decay))
             step += 1
+
+            # tell
             now = time.monotonic()
-            save = step == steps or interrupts or now - saved_at > SAVE_EVERY
-            if save or not log or step % max(1, steps // 20) == 0:
-                log.append(log_progress(stage, step, steps, infos, now - logged_at))
-                infos, logged_at = [], now
-            if save:  # after log_progress: a broken state never replaces a good one
-                state = {name: part.state_dict() for name, part in parts.items()}
-                state |= {"rng": torch.get_rng_state(), "seconds": trained + now - began}
-                state |= {"step": step, "steps": steps, "log": log, "format": FORMAT}
-                with replacing(path) as f:
-                    torch.save({**meta, "stage": stage, **state}, f)
-                with replacing(path.with_suffix(".jsonl")) as f:
-                    f.writelines((json.dumps(row) + "\n").encode() for row in log)
-                saved_at = time.monotonic()
-                if interrupts:
-                    print(f"{stage}: stopped at step {step:,}, saved; the same command goes on")
-                    raise KeyboardInterrupt
-    finally:
-        signal.signal(signal.SIGINT, handler)
+            if step == steps or not state["log"] or step % max(1, steps // 20) == 0:
+                means = mean_of(infos, stage, step)
+                speed = len(infos) / (now - logged_at)
+                eta = datetime.timedelta(seconds=round((steps - step) / speed))
+                numbers = "  ".join(f"{name} {mean:7.4f}" for name, mean in means.items())
+                line = f"{stage:8}{step:8,}/{steps:,}  {numbers}  {speed:6.1f} steps/s  ETA {eta}"
+                print(line, flush=True)
+                state["log"].append({"step": step, "steps": steps, **means, "steps_per_s": speed})
+                infos = []
+                logged_at = now
+
+            # save; what is not finite never replaces a good state
+            if step == steps or signals or now - saved_at > SAVE_EVERY:
+                if infos:
+                    mean_of(infos, stage, step)
+                state |= {"step": step, "seconds": state["seconds"] + now - saved_at}
+                state |= {name: part.state_dict() for name, part in parts.items()}
+                state |= {"rng": torch.get_rng_state(), "stage": stage, "format": FORMAT}
+                save_checkpoint(path, meta | state)
+                saved_at = now
+            if signals:
+                print(f"{stage}: stopped at step {step:,}, saved; the same command goes on")
+                raise KeyboardInterrupt(signals[0])
 
 
-# ---- 9. Acting and evaluation -------------------------------------------------------------------
-
-
-def make_unet(config, dims, student=False):
-    """The U-Net of a Config; dims: sizes of an observation and an action. UserError if none."""
-    multiple = config.patch * 2 ** (len(config.channels) - 1)
-    if not all(0 < width <= 8192 for width in config.channels):
-        raise UserError("--channels must be from 1 to 8192")
-    if config.horizon % multiple:
-        raise UserError(f"--horizon must be a multiple of patch * 2^(levels - 1), {multiple}")
-    size = (config.channels, config.kernel, config.blocks, config.patch)
-    return UNet1d(dims[1], dims[0], *size, student)
-
-
-def make_reward_model(checkpoint, dims):
-    """The reward model of a loaded reward.pt, frozen."""
-    config = checkpoint["config"]
-    net = RewardModel(*dims, config["reward_actions"], config["reward_networks"])
-    net.load_state_dict(checkpoint["ema"])
-    return net.eval().requires_grad_(False)
+# ---- 9. Acting and evaluation --------------------------------------------------------------------
 
 
 class Policy(nn.Module):
-    """A loaded teacher.pt, tilted.pt or student.pt, acting: raw observations in, raw plans out.
+    """A loaded teacher.pt or student.pt, acting: raw observations in, raw plans out.
 
-    how: Config, of which nfe, teacher_points, temperature (default: as trained), candidates count;
-    out: the folder of reward.pt, for more than one candidate. calls: network calls per plan.
+    how: Config, of which nfe, teacher_points, temperature count; calls: network calls per plan.
     """
 
-    def __init__(self, checkpoint, how=None, device="cpu", out="."):
+    def __init__(self, checkpoint, how=None, device="cpu"):
         super().__init__()
-        config, dims = Config(**checkpoint["config"]), checkpoint["dims"]
+        config = Config(**checkpoint["config"])
         how = how or Config(temperature=config.temperature)
         self.student = checkpoint["stage"] == "student"
-        self.net = make_unet(config, dims, self.student).to(device)
-        self.net.eval().requires_grad_(False).load_state_dict(checkpoint["ema"])
-        if how.candidates > 1:
-            reward = load_checkpoint(Path(out) / "reward.pt", "reward", device)
-            self.reward_model = make_reward_model(reward, dims).to(device)
-        self.tables = {name: tuple(x.to(device)) for name, x in checkpoint["normalizer"].items()}
-        self.shape, self.device = (config.horizon, dims[1]), device  # (H, A)
+        self.net = load_network(checkpoint)
+        self.register_buffer("obs_table", checkpoint["normalizer"]["obs"])
+        self.register_buffer("action_table", checkpoint["normalizer"]["action"])
+        self.register_buffer("box", checkpoint["box"])
+        self.shape = (config.horizon, checkpoint["dims"][1])  # (H, A)
         self.sigmas = karras_sigmas(config.grid_points if self.student else how.teacher_points)
-        self.nfe, self.temperature, self.candidates = how.nfe, how.temperature, how.candidates
+        self.nfe = how.nfe
+        self.temperature = how.temperature
         self.calls = how.nfe if self.student else 2 * how.teacher_points - 3
-        self.level = functools.cache(functools.partial(precondition, self.net))  # for all states
-        with torch.no_grad():
-            self(torch.zeros(1, dims[0], device=device), torch.zeros_like)
+        self.to(device)
 
     @torch.inference_mode()  # a sixth faster at batch 1 than no_grad
     def act(self, observations, generators):
         """`forward` in numpy, the noise of each row from its own numpy Generator."""
+        observations = np.asarray(observations, np.float32)
+        sizes = (len(generators), self.obs_table.shape[1])
+        if observations.shape != sizes:
+            raise UserError(f"observations have shape {observations.shape}, not {sizes}")
 
-        def noise(_):
-            shape = self.candidates, *self.shape
-            rows = [generator.standard_normal(shape, np.float32) for generator in generators]
-            return torch.from_numpy(np.concatenate(rows)).to(self.device)
+        def noise(x):
+            rows = [generator.standard_normal(self.shape, np.float32) for generator in generators]
+            return torch.from_numpy(np.stack(rows)).to(x.device)
 
-        observations = torch.from_numpy(np.asarray(observations, np.float32)).to(self.device)
+        observations = torch.from_numpy(observations).to(self.box.device)
         return self(observations, noise).cpu().numpy()
 
     def forward(self, observations, noise=torch.randn_like):
         """observations (B, O) -> plans (B, H, A); noise: callable, x -> fresh N(0, 1) like x."""
-        net, level, state = self.net, self.level, encode(observations, self.tables["obs"])
-        state = state.repeat_interleave(self.candidates, 0)
-        cool = lambda x: self.temperature * noise(x)  # not in the paper, see the README
+        state = encode(observations, self.obs_table)
+        cool = lambda x: self.temperature * noise(x)
         x_T = SIGMA_MAX * cool(state.new_empty(state.shape[0], *self.shape))
         if self.student:
-            jump = lambda x, t, k: student_jump(net, x, t, k, state, level(t, k))
+            jump = lambda x, t, k: student_jump(self.net, x, t, k, state)
             x = student_sample(jump, x_T, self.sigmas, self.nfe, cool)
         else:
-            denoiser = lambda x, t: denoise(net, x, t, state, level=level(t))
+            denoiser = lambda x, t: denoise(self.net, x, t, state)
             x = heun_sample(denoiser, x_T, self.sigmas)
-        x = net.pin(x.clamp(-1, 1), state)  # in the range of the data
-        if self.candidates > 1:
-            best = self.reward_model(state, x).reshape(-1, self.candidates).argmax(1)
-            x = x.reshape(-1, self.candidates, *self.shape)[torch.arange(len(best)), best]
-        return decode(x, self.tables["action"])
+        low, high = self.box
+        return decode(x.clamp(-1, 1), self.action_table).clamp(low, high)
 
 
 def simulator(env, data):
-    """A callable that makes the simulator of `env`, or Minari's of `data`, a `Dataset.summary`."""
+    """A callable that makes the simulator of `env`, or that which a Minari set names.
+
+    data: a `Dataset.summary`. UserError if there is none, or not of vectors. Without a time limit
+    of its own an episode ends after as many steps as the longest of the data, at least 1000.
+    """
     import gymnasium
+    from gymnasium.spaces import Box, Dict
+    from gymnasium.wrappers import TimeLimit, TransformObservation
 
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # no advice to leave the -v4 tasks
     try:
-        make = functools.partial(gymnasium.make, TASKS.get(env.split("-")[0], (env,))[0])
+        make = functools.partial(gymnasium.make, ENVS.get(env, (env,))[0])
         if data["source"].startswith("minari"):
-            import minari
-
-            recover = minari.load_dataset(data["name"]).recover_environment
-            make = lambda **options: recover(eval_env=True, **options)
-        make().close()
-    except (gymnasium.error.Error, ImportError, OSError, LookupError, ValueError) as error:
+            make = minari_simulator(data["name"]) or make
+        one = make()
+        one.close()
+    except UserError:
+        raise
+    except Exception as error:  # of whatever package the environment is from
         raise UserError(f"the environment of {env} cannot be made ({error})") from None
-    return lambda **options: gymnasium.wrappers.TransformObservation(make(**options), flat, None)
+
+    def vector(space):
+        return all(map(vector, space.values())) if isinstance(space, Dict) else type(space) is Box
+
+    for name, space in (("actions", one.action_space), ("observations", one.observation_space)):
+        if not vector(space) or (name == "actions" and type(space) is not Box):
+            raise UserError(f"{env}: {name} are {space}, no vector of numbers (Box)")
+    cap = max(1000, data["longest"])
+    limited = one.spec and one.spec.max_episode_steps
+    if not limited:
+        print(f"{env} has no time limit: an episode ends after {cap:,} steps")
+
+    def make_flat(**options):
+        made = make(**options) if limited else TimeLimit(make(**options), cap)
+        return TransformObservation(made, lambda x: flat(x, 1)[0], None)
+
+    return make_flat
+
+
+def minari_simulator(dataset_id):
+    """A callable that makes the simulator that a Minari set names, None if it names none."""
+    import gymnasium
+    import minari
+    from gymnasium.envs.registration import load_env_creator
+
+    stored = minari.load_dataset(dataset_id)
+    spec = stored._eval_env_spec or stored.env_spec  # the first has no public name
+    if spec is None:
+        return None
+    # a set may come from anywhere: call nothing that is not of these classes
+    wanted = [(wrapper.entry_point, gymnasium.Wrapper) for wrapper in spec.additional_wrappers]
+    for name, kind in [(spec.entry_point, gymnasium.Env), *wanted]:
+        found = load_env_creator(name) if isinstance(name, str) else name
+        if not (isinstance(found, type) and issubclass(found, kind)):
+            raise UserError(f"minari:{dataset_id} names {name}, no {kind.__name__} of gymnasium")
+    return functools.partial(gymnasium.make, spec)
 
 
 def evaluate(act, make_env, episodes=20, first_seed=0):
@@ -952,22 +1145,25 @@ def evaluate(act, make_env, episodes=20, first_seed=0):
     envs = [make_env() for _ in range(episodes)]
     observations = [env.reset(seed=first_seed + i)[0] for i, env in enumerate(envs)]
     generators = [np.random.default_rng(first_seed + i) for i in range(episodes)]
-    returns, lengths, running = [0.0] * episodes, [0] * episodes, list(range(episodes))
-    told = time.monotonic()
+    space = envs[0].action_space
+    returns = [0.0] * episodes
+    lengths = [0] * episodes
+    running = list(range(episodes))
     while running:
-        if time.monotonic() > told + 10:
-            told = time.monotonic()
-            print(f"step {max(lengths)}: {len(running)} of {episodes} episodes go on", flush=True)
-        spare = -len(running) % 16  # other batch sizes may round differently
+        # full batches of 16, as other sizes may round differently
+        spare = -len(running) % 16
         rows = running + running[:1] * spare
-        used = [generators[i] for i in running] + [np.random.default_rng(0)] * spare
-        plans = act(np.array([observations[i] for i in rows]), used)
+        noise = [generators[i] for i in running] + [np.random.default_rng(0)] * spare
+        plans = act(np.array([observations[i] for i in rows]), noise)
         for i, plan in zip(running.copy(), plans, strict=False):
-            observations[i], reward, terminated, truncated, _ = envs[i].step(plan[0])
+            action = np.clip(plan[0].reshape(space.shape), space.low, space.high)
+            observations[i], reward, terminated, truncated, _ = envs[i].step(action)
             returns[i] += float(reward)
             lengths[i] += 1
             if terminated or truncated:
                 running.remove(i)
+        if max(lengths) % 250 == 0:
+            print(f"step {max(lengths)}: {len(running)} of {episodes} episodes go on", flush=True)
     return {"returns": returns, "lengths": lengths}
 
 
@@ -978,43 +1174,60 @@ def normalized_score(env, value, data=None):
 
         with contextlib.suppress(ValueError):
             return 100 * minari.get_normalized_score(minari.load_dataset(data["name"]), value)
-    _, random, expert = TASKS.get(env.split("-")[0], (None, math.nan, math.nan))
+    _, random, expert, _ = ENVS.get(env, (env, math.nan, math.nan, None))
     return 100 * (value - random) / (expert - random)
+
+
+def method_name(checkpoint):
+    """What acts, in the terms of the paper's Table 5; RACTD has the reward in both stages."""
+    config = checkpoint["config"]
+    if checkpoint["stage"] == "teacher":
+        return "reward teacher" if config["reward_teacher"] else "teacher"
+    if config["reward_weight"]:
+        return "RACTD" if config["reward_teacher"] else "RACTD, plain teacher"
+    return "CTD of a reward teacher" if config["reward_teacher"] else "CTD"
 
 
 def evaluate_and_report(checkpoint, config, out, device="cpu"):
     """Score a checkpoint as config says -> metrics, also as a file named after both."""
-    env, data = checkpoint["env"], checkpoint["dataset"]
-    n, first = config.episodes, config.first_seed
-    policy = Policy(checkpoint, config, device, out)
-    student = "RACTD" if checkpoint["config"]["reward_weight"] else "CTD"
-    method = student if policy.student else checkpoint["stage"]
+    env = checkpoint["env"]
+    data = checkpoint["dataset"]
+    n = config.episodes
+    policy = Policy(checkpoint, config, device)
+    method = method_name(checkpoint)
     print(f"evaluation: {n} episodes, {policy.calls} network call(s) per plan", flush=True)
-    result = evaluate(policy.act, simulator(env, data), n, first)
-    mean = float(np.mean(result["returns"]))
-    scores = normalized_score(env, np.array([mean, *result["returns"]]), data).tolist()
-    sem = float(np.std(scores[1:], ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    result = evaluate(policy.act, simulator(env, data), n, config.first_seed)
+
+    print(f"\n{env} on {data['name']} ({data['source']})")
+    print(f"{f'{n} episodes from seed {config.first_seed}':<32}   return    score  std. err.")
+    rows = {
+        "data, best episode": [data["return_best"]],
+        "data, mean episode": [data["return_mean"]],
+        f"{method}, {policy.calls} call(s)": result["returns"],
+    }
+    for label, returns in rows.items():
+        mean = float(np.mean(returns))
+        scores = normalized_score(env, np.array(returns), data)
+        sem = float(scores.std(ddof=1) / math.sqrt(n)) if len(returns) > 1 else math.nan
+        shown = f"{sem:11.1f}" if len(returns) > 1 else ""
+        print(f"{label:<32}{mean:9.5g}{scores.mean():9.1f}{shown}")
+
     metrics = {"env": env, "dataset": data, "method": method, "weights": weights_id(checkpoint)}
-    how = ("episodes", "first_seed", "temperature", "candidates")
-    metrics |= {"calls": policy.calls} | {name: getattr(config, name) for name in how}
-    score = {"return_mean": mean, "score_mean": scores[0], "score_sem": sem}
-    metrics |= result | {key: x if math.isfinite(x) else None for key, x in score.items()}  # no NaN
-    name = "{method}_{weights}_calls{calls}_N{candidates}_T{temperature}_seeds{first_seed}-{n}"
-    path = out / f"score_{name.format(n=first + n - 1, **metrics)}.json"
-    with replacing(path) as f:
+    metrics |= {"calls": policy.calls, "temperature": config.temperature}
+    metrics |= {"episodes": n, "first_seed": config.first_seed}
+    numbers = {"return_mean": mean, "score_mean": float(scores.mean()), "score_sem": sem}
+    metrics |= {name: x if math.isfinite(x) else None for name, x in numbers.items()} | result
+    first = config.first_seed
+    who = f"{method.replace(', ', '-').replace(' ', '-')}_{metrics['weights']}"
+    how = f"calls{policy.calls}_T{config.temperature}_seeds{first}-{first + n - 1}"
+    name = f"score_{who}_{how}.json"
+    with replacing(out / name) as f:
         f.write(json.dumps(metrics, indent=2).encode())
-    print(f"\n{env} on {data['name']} ({data['source']}), {n} episodes from seed {first}")
-    print(f"{'':<32}   return    score  std. err.")
-    for label in ("best", "mean"):
-        x = data[f"return_{label}"]
-        print(f"{f'data, {label} episode':<32}{x:9.0f}{normalized_score(env, x, data):9.1f}")
-    label = f"{method}, {policy.calls} call(s), N = {config.candidates}"
-    print(f"{label:<32}{mean:9.0f}{scores[0]:9.1f}{sem:11.1f}")
-    print(f"All numbers: {path}")
+    print(f"All numbers: {out / name}")
     return metrics
 
 
-# ---- 10. The pipeline: data -> teacher, reward -> tilted -> student ------------------------------
+# ---- 10. The pipeline: data -> reward -> teacher -> student --------------------------------------
 
 
 def weights_id(checkpoint):
@@ -1023,62 +1236,40 @@ def weights_id(checkpoint):
     return hashlib.sha256(weights.cpu().numpy()).hexdigest()[:10]
 
 
-def load_data(run, kind=Batches):
-    """The data of a run -> (Batches, meta: what checkpoints record), or UserError if unfit."""
-    dataset, horizon = load_dataset(run.env, run.data), run.config.horizon
-    meta = {"env": run.env, "dataset": dataset.summary()}
-    env = simulator(run.env, meta["dataset"])()
+def load_data(run, needs_simulator=True, kind=Batches):
+    """The data of a run -> (batches of a kind, meta: what checkpoints record), or UserError.
+
+    Actions outside the simulator's box are clipped to it, as they were on their way there.
+    """
+    dataset = load_dataset(run.env, run.data)
     dims = [dataset.observations.shape[1], dataset.actions.shape[1]]
-    sizes = [np.size(env.reset(seed=0)[0]), math.prod(env.action_space.shape or (0,))]  # 0: no Box
+    meta = {"env": run.env, "dataset": dataset.summary(), "dims": dims}
+    text = "data: {name} ({source}): {transitions:,} transitions, {episodes:,} episodes,\n"
+    text += "      return: mean {return_mean:.5g}, best {return_best:.5g}"
+    print(text.format(**meta["dataset"]))
+    try:
+        env = simulator(run.env, meta["dataset"])()
+        sizes = [env.reset(seed=0)[0].size, math.prod(env.action_space.shape)]
+        box = np.stack([env.action_space.low, env.action_space.high]).reshape(2, -1)
+    except UserError as error:
+        if needs_simulator:
+            raise
+        print(f"      no simulator: {error}")
+        sizes = dims
+        box = np.stack([dataset.actions.min(0), dataset.actions.max(0)])
     if dims != sizes:
         raise UserError(f"{dataset.name} has {dims} observations and actions, {run.env} {sizes}")
-    batches = kind(dataset, horizon, run.config.gamma, run.device)
-    print(f"{dataset}, {len(batches.starts):,} windows of {horizon} actions", flush=True)
-    return batches, meta | {"dims": dims, "plan": "actions", "normalizer": batches.normalizer}
-
-
-def stage_loss(stage, config, batches, dims, built_on):
-    """(network, loss_fn(net, average)) of a stage; built_on: checkpoints of the stages before."""
-    distance = pseudo_huber if config.distance == "pseudo-huber" else squared
-    device, sigma = batches.obs.device, config.reward_weight
-
-    def teacher_loss(net, _):
-        state, x0 = batches.windows(config.teacher_batch, weights)
-        t, noise = lognormal_levels(len(x0), device), torch.randn_like(x0)
-        return edm_loss(lambda x, t: denoise(net, x, t, state), x0, t, noise, distance), {}
-
-    def reward_model_loss(net, average):
-        value = average.V if config.reward_target == "td" else None
-        state, plan, target = batches.transitions(config.reward_batch, net.actions, value)
-        errors = (net.each(state, plan) - target).square().mean(1)
-        state, plan, _ = batches.transitions(2 * config.reward_batch, net.actions)
-        v_loss = value_loss(average(state, plan), net.V(state), sigma or 1.0)  # 0: any V will do
-        return errors.sum() + v_loss, {"error": errors.mean().detach(), "V": v_loss.detach()}
-
-    def student_loss(net, average):
-        state, x0 = batches.windows(config.student_batch, weights)
-        gradient = R if weights is None else None  # tilted: without Eq. 8
-        return distillation_loss(net, average, teacher, gradient, state, x0, config)
-
-    if stage == "reward":
-        size = (config.reward_actions, config.reward_networks)
-        return RewardModel(*dims, *size).to(device), reward_model_loss
-    teacher, weights, R = make_unet(config, dims).to(device), None, None
-    if stage == "teacher":
-        return teacher, teacher_loss
-    teacher.load_state_dict(built_on["tilted" if "tilted" in built_on else "teacher"]["ema"])
-    if sigma:
-        R = make_reward_model(built_on["reward"], dims).to(device)
-        if config.tilted_steps:
-            pairs = (batches.rows(t, config.reward_actions) for t in batches.starts.split(4096))
-            weights = torch.cat([tilt(R(*pair), R.V(pair[0]), sigma) for pair in pairs])
-            worth = (weights.sum() ** 2 / weights.square().sum()).item()
-            print(f"tilt: the {len(weights):,} weights are worth {worth:,.0f} equal ones")
-    if stage == "tilted":
-        return teacher, teacher_loss
-    student = make_unet(config, dims, student=True).to(device)
-    warm_start(student, teacher.eval().requires_grad_(False))
-    return student, student_loss
+    outside = (dataset.actions < box[0]) | (dataset.actions > box[1])
+    if outside.any():
+        print(
+            f"      {outside.any(1).mean():.2%} of the actions leave the simulator's box: clipped"
+        )
+        dataset.actions = np.clip(dataset.actions, *box)
+    batches = kind(dataset, run.config.horizon, run.config.gamma, run.device)
+    windows = f"{len(batches.obs):,} windows of {batches.horizon} actions"
+    print(f"      {windows}, {batches.padded:,} of them padded at an episode's end", flush=True)
+    box = torch.tensor(box, dtype=torch.float32)
+    return batches, meta | {"normalizer": batches.normalizer, "box": box}
 
 
 def check_compatible(path, saved, asked):
@@ -1089,162 +1280,223 @@ def check_compatible(path, saved, asked):
         raise UserError("\n".join([f"{path} was made otherwise:", *lines, way_out]))
 
 
-def load_or_train(run, stage, batches, meta, built_on, make=None):
+def load_or_train(run, stage, fields, meta, built_on, make, **how):
     """The finished checkpoint of a stage, from the run's folder or trained now.
 
-    built_on: those of the stages before; make: `stage_loss` or another. May raise UserError.
+    fields: the names of run.config that decide it; built_on: checkpoints of the stages before;
+    make() -> (network, loss_fn); how: of `fit`. May raise UserError.
     """
     path = run.out / f"{stage}.pt"
-    fields = [f.name for f in dataclasses.fields(Config) if stage in f.metadata["commands"]]
-    recipe = {"env": run.env, "data": "{name}, SHA-256 {sha256:.12}".format(**meta["dataset"])}
-    recipe |= {"plan": meta["plan"]} | {name: getattr(run.config, name) for name in fields}
-    if stage in ("tilted", "student"):  # the others are trained apart
-        recipe |= {name: weights_id(checkpoint) for name, checkpoint in built_on.items()}
-    if path.exists():
-        saved = {"plan": "actions"} | load_checkpoint(path, stage, run.device)
-        check_compatible(path, saved | saved["recipe"], dict.fromkeys(saved["recipe"]) | recipe)
-        if saved["step"] == saved["steps"]:
-            print(f"{stage}: {path}, {saved['step']:,} steps in {saved['seconds']:.0f} s")
-            return saved
-    torch.manual_seed(run.config.seed)
-    net, loss_fn = (make or stage_loss)(stage, run.config, batches, meta["dims"], built_on)
-    print(f"{stage}: {sum(p.numel() for p in net.parameters()):,} parameters", flush=True)
+    recipe = {"env": run.env, "data": meta["dataset"]["sha256"][:12]}
+    recipe |= {name: getattr(run.config, name) for name in fields.split()}
+    recipe |= {name: weights_id(checkpoint) for name, checkpoint in built_on.items()}
     meta = {**meta, "recipe": recipe, "config": dataclasses.asdict(run.config)}
-    fit(stage, net, loss_fn, run.config, path, meta)
-    return load_checkpoint(path, stage, run.device)
+    saved = load_checkpoint(path, stage, run.device) if path.exists() else None
+    if saved:
+        check_compatible(path, saved["recipe"], dict.fromkeys(saved["recipe"]) | recipe)
+    while not saved or saved["step"] < saved["steps"]:  # again if a second run saved less
+        torch.manual_seed(run.config.seed)
+        net, loss_fn = make()
+        print(f"{stage}: {sum(p.numel() for p in net.parameters()):,} parameters", flush=True)
+        steps = getattr(run.config, f"{stage}_steps")
+        lr = getattr(run.config, f"{stage}_lr")
+        fit(stage, net, loss_fn, path, meta, steps, lr, **how)
+        saved = load_checkpoint(path, stage, run.device)
+    write_log(path, saved["log"])  # a kill may have left an older one
+    print(f"{stage}: {path}, {saved['step']:,} steps in {saved['seconds']:.0f} s")
+    return saved
+
+
+def stages_of(command, config):
+    """The stages that a command trains, in their order."""
+    if command == "reward":
+        return ["reward"]
+    both = ["reward", "teacher"] if config.reward_teacher else ["teacher"]
+    if command == "teacher":
+        return both
+    alone = ["reward"] if config.reward_weight and not config.reward_teacher else []
+    return [*both, *alone, "student"]
+
+
+def train_stage(run, stage, batches, meta, models):
+    """The finished checkpoint of reward, teacher or student; models: of the stages before it."""
+    built_on = {} if stage == "reward" else models
+
+    def make():
+        networks = {name: load_network(model, run.device) for name, model in built_on.items()}
+        return STAGES[stage](run.config, batches, **networks)
+
+    how = {"weight_decay": WEIGHT_DECAY[stage]}
+    if stage == "student":
+        how["target_decay"] = TARGET_DECAY
+    return load_or_train(run, stage, STAGE_FIELDS[stage], meta, built_on, make, **how)
 
 
 def train(run):
-    """teacher, reward: that stage. distill: what is missing of all, the student, its score."""
-    batches, meta = load_data(run)
-    if run.command != "distill":
-        load_or_train(run, run.command, batches, meta, {})
-        return
-    models, config = {}, run.config
-    wanted = ("teacher", "reward", "tilted") if config.tilted_steps else ("teacher", "reward")
-    for stage in wanted if config.reward_weight else ("teacher",):
-        models[stage] = load_or_train(run, stage, batches, meta, models)
-    student = load_or_train(run, "student", batches, meta, models)
-    evaluate_and_report(student, config, run.out, run.device)
+    """Train what is missing of the stages of a command; distill scores its student, too."""
+    evaluates = run.command == "distill" and run.config.episodes > 0
+    batches, meta = load_data(run, needs_simulator=evaluates)
+    models = {}
+    for stage in stages_of(run.command, run.config):
+        models[stage] = train_stage(run, stage, batches, meta, models)
+    if evaluates:
+        evaluate_and_report(models["student"], run.config, run.out, run.device)
 
 
-def export(run, saved):
-    """Write the policy with its normaliser and sampler as one file; torch makes its noise."""
-    policy = Policy(saved, run.config, run.device, run.out)
-    example = (torch.zeros(2, saved["dims"][0], device=run.device),)
-    program = torch.export.export(policy, example, dynamic_shapes=({0: torch.export.Dim("batch")},))
-    path = Path(run.file or run.out / "policy.pt2")
-    with replacing(path) as f:
-        torch.export.save(program, f)
-    print(f"{path}: observations (B, O) -> plans (B, H, A), {policy.calls} network call(s)")
+def act_again(run):
+    """Score the student or teacher that lies in the run's folder."""
+    path = run.out / f"{run.model}.pt"
+    saved = load_checkpoint(path, run.model, run.device)
+    if saved["config"].keys() != {field.name for field in dataclasses.fields(Config)}:
+        raise UserError(f"{path} was made by another program")
+    if run.env:
+        check_compatible(path, saved, {"env": run.env})
+    if saved["step"] < saved["steps"]:
+        print(f"{path} is half trained: {saved['step']:,} of {saved['steps']:,} steps")
+    if run.temperature is None:  # not given: as its preset meant it
+        run.config.temperature = saved["config"]["temperature"]
+    evaluate_and_report(saved, run.config, run.out, run.device)
 
 
-# ---- 11. Command line ---------------------------------------------------------------------------
+# ---- 11. Command line ----------------------------------------------------------------------------
 
-COMMANDS = {
-    "data": "fetch the dataset and print what is in it",
-    "teacher": "train the EDM diffusion teacher, Eq. 4",
-    "reward": "train the reward model, a return-to-go",
-    "distill": "train what is missing of the above, tilt it, then the student, Eq. 9, and score it",
-    "evaluate": "score a saved student or teacher",
-    "export": "write a saved policy as one file that torch loads without this program",
+COMMANDS = {  # what each does, and the fields of Config that are its flags
+    "data": ("fetch the dataset and print what is in it", ""),
+    "reward": ("train the reward model R, a return-to-go", STAGE_FIELDS["reward"]),
+    "teacher": (
+        "train the EDM diffusion teacher, Eq. 4, and first the R that weights its windows",
+        f"{STAGE_FIELDS['reward']} {STAGE_FIELDS['teacher']}",
+    ),
+    "distill": (
+        "train what is missing of the above, then the student, Eq. 9, and score it",
+        f"{' '.join(STAGE_FIELDS.values())} nfe episodes first_seed",
+    ),
+    "evaluate": ("score a saved student or teacher", ACTING_FIELDS),
 }
 
 
 def build_parser():
-    """One subparser per command, with the flags that it uses; most are generated from Config."""
+    """One subparser per command; most flags are generated from Config."""
     summary = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser(prog="ractd.py", description=summary, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command, text in COMMANDS.items():
+    for command, (text, names) in COMMANDS.items():
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
-        add, trains = sub.add_argument, command in ("teacher", "reward", "distill")
-        add("--env", help=f"one of {', '.join(ENVS)}; with --data any gymnasium id")
-        if trains or command == "data":
+        sub.add_argument("--env", help=f"one of {', '.join(ENVS)}; with --data any gymnasium id")
+        sub.set_defaults(data="", out=None, device="cpu", preset="default")
+        if command != "evaluate":
             text = "FILE.hdf5 in D4RL's layout, or minari:ID (default: D4RL's file of --env)"
-            add("--data", default="", help=text)
+            sub.add_argument("--data", help=text)
         if command != "data":
-            add("--out", help="folder for everything written (default: runs/<env>)")
-            add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-        if trains:
-            text = "paper-losses: Eqs. 4-9 to the letter; paper: the published sizes, too [values]"
-            add("--preset", choices=PRESETS, default="default", help=text)
-        if command in ("evaluate", "export"):
+            sub.add_argument("--out", help="folder for all that is written (default: runs/<env>)")
+            sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cpu)")
+        if command in ("reward", "teacher", "distill"):
+            text = "paper-losses: Eqs. 4 to 9 to the letter; paper: in the published sizes, too"
+            sub.add_argument("--preset", choices=PRESETS, help=f"{text} (default: default)")
+        if command == "evaluate":
             text = "who acts (default: student)"
-            add("--model", choices=("student", "tilted", "teacher"), default="student", help=text)
-        if command == "export":
-            add("file", nargs="?", help="file to write (default: <out>/policy.pt2)")
+            sub.add_argument(
+                "--model", choices=("student", "teacher"), default="student", help=text
+            )
         for field in dataclasses.fields(Config):
-            if command in field.metadata["commands"]:
-                kind = {"type": int, "nargs": "+"} if field.type is tuple else {"type": field.type}
-                text = f"{field.metadata['help']} (default: {field.default})"
-                flag = "--" + field.name.replace("_", "-")
-                add(flag, help=text, choices=field.metadata["choices"], **kind)
+            if field.name in names.split():
+                add_flag(sub, field, PAPER)
     return parser
 
 
+def add_flag(parser, field, paper=None):
+    """The flag of a field of Config; its help tells the default, and the paper's value if given."""
+    how = {"type": field.type, "choices": field.metadata["choices"]}
+    if field.type is bool:
+        how = {"action": argparse.BooleanOptionalAction}
+    default = f"default: {field.default}"
+    if paper and field.name in paper:
+        default += f"; --preset paper: {paper[field.name]}"
+    text = f"{field.metadata['help']} ({default})"
+    parser.add_argument("--" + field.name.replace("_", "-"), help=text, **how)
+
+
+def check_range(field, value):
+    """Raise UserError if a field of Config does not allow this value."""
+    low = field.metadata["low"]
+    high = field.metadata["high"]
+    if low is not None and not low <= value <= high:
+        raise UserError(f"--{field.name.replace('_', '-')} {value}: must be in {low} to {high}")
+
+
 def make_config(run):
-    """The Config of flags, preset and defaults; UserError names a value that is out of range."""
-    values = dict(PRESETS[getattr(run, "preset", "default")])
+    """The Config of flags, preset and defaults, checked."""
+    values = dict(PRESETS[run.preset])
     if values:
-        values["reward_weight"] = PAPER_SIGMA.get(run.env, 1.0)
+        values["reward_weight"] = ENVS[run.env][3] if run.env in ENVS else 1.0
     for field in dataclasses.fields(Config):
         value = getattr(run, field.name, None)
-        if value is not None:  # else not given, or no flag of this command
-            values[field.name] = tuple(value) if field.type is tuple else value
-        value, low, high = values.get(field.name), field.metadata["low"], field.metadata["high"]
-        if value is not None and low is not None and not low <= value <= high:
-            raise UserError(f"--{field.name.replace('_', '-')} {value}: must be in {low} to {high}")
-    if values.get("reward_actions", Config.reward_actions) > values.get("horizon", Config.horizon):
-        raise UserError("--reward-actions must not be more than --horizon")
-    return Config(**values)
+        if value is None:  # not given, or no flag of this command
+            continue
+        check_range(field, value)
+        values[field.name] = value
+    config = Config(**values)
+    if config.reward_actions > config.horizon:
+        raise UserError(f"--reward-actions must not be more than --horizon, {config.horizon}")
+    return config
 
 
-def resolve(run):
+def prepare(run):
     """Complete the parsed command line: env, out, device, config; UserError says what is wrong."""
-    data = getattr(run, "data", "")
-    if not run.env and data.startswith("minari:"):
-        run.env = data.removeprefix("minari:")
-    run.out = Path(getattr(run, "out", None) or "runs/" + str(run.env).replace("/", "-"))
-    acts = run.command in ("evaluate", "export") and run.out.exists()
-    if not run.env or run.env not in ENVS and not data and not acts:
+    if run.data and not run.env:
+        run.env = run.data.removeprefix("minari:")
+        run.env = run.env if run.env != run.data else Path(run.data).stem
+    if not (run.env or run.command == "evaluate" and run.out):
+        raise UserError(f"give --env, one of {', '.join(ENVS)}, or --data FILE")
+    if run.command != "evaluate" and not run.data and run.env not in ENVS:
         raise UserError(f"--env {run.env} is unknown; there are {', '.join(ENVS)}; with --data any")
-    if run.command == "data":
-        return
+    run.out = Path(run.out or "runs/" + run.env.replace("/", "-"))
     try:
         run.device = torch.device(run.device)
         torch.zeros(1, device=run.device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {run.device}: {str(error).splitlines()[0]}; try cpu") from None
     run.config = make_config(run)
+    if run.command == "evaluate" and not run.out.is_dir():
+        raise UserError(f"there is no folder {run.out}: train first, or give its --out")
+    if run.command == "evaluate" and run.config.episodes < 1:
+        raise UserError("--episodes must be at least 1 to evaluate")
+
+
+def make_folder(out):
+    """The run's folder, writable, without what killed processes left; OSError now, not later."""
+    with replacing(out / "probe"):
+        pass
+    (out / "probe").unlink(missing_ok=True)  # another run may have
+    for partial in out.glob("*.part"):
+        try:
+            os.kill(int(partial.suffixes[-2][1:]), 0)  # signal 0 asks whether a process lives
+        except (ValueError, IndexError, ProcessLookupError):
+            partial.unlink(missing_ok=True)
 
 
 def main(argv=None):
     """The command line. Returns the exit code: 0, 2 for something to put right, 130 for Ctrl-C."""
     run = build_parser().parse_args(argv)
     try:
-        resolve(run)
+        prepare(run)
         if run.command == "data":
-            print(load_dataset(run.env, run.data))
-        elif run.command in ("teacher", "reward", "distill"):
-            train(run)
+            load_data(run, needs_simulator=False)
+            return 0
+        make_folder(run.out)
+        if run.command == "evaluate":
+            act_again(run)
         else:
-            path = run.out / f"{run.model}.pt"
-            saved = load_checkpoint(path, run.model, run.device)
-            check_compatible(path, {"plan": "actions"} | saved, {"env": run.env, "plan": "actions"})
-            if run.temperature is None:  # not given: as its preset meant it
-                run.config.temperature = saved["config"]["temperature"]
-            if run.command == "export":
-                export(run, saved)
-            else:
-                evaluate_and_report(saved, run.config, run.out, run.device)
+            train(run)
     except (UserError, OSError, ImportError) as error:
         print(f"ractd.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     return 0
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
     sys.exit(main())

@@ -9,18 +9,38 @@ returns of a range of 1000, as its authors do on these tasks. Acts in the simula
 evaluate`, deterministically, after the last step. Writes <out>/baseline_<algorithm>.json.
 """
 
+import dataclasses
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import ractd
-from reproduce.common import data_label, make_parser, points, run_command, write_json
+from ractd import option
+from reproduce.common import (
+    data_label,
+    make_parser,
+    parse_own,
+    plus_minus,
+    points,
+    run_command,
+    write_json,
+)
 
 ALGORITHMS = ("td3bc", "iql")
+
+
+@dataclasses.dataclass
+class Settings:
+    """Settings of training and acting."""
+
+    algorithm: str = option("iql", "who learns", choices=ALGORITHMS)
+    seed: int = option(0, "seed of all training", 0, 2**32 - 1)
+    steps: int = option(50_000, "gradient steps", 1, 1e9)
+    episodes: int = option(20, "number of evaluation episodes", 1, 1e6)
+    first_seed: int = option(0, "episode i has the seed first_seed + i", 0, 2**31)
 
 
 def make_algorithm(name, device):
@@ -47,18 +67,20 @@ def episodes_of(dataset):
 
 def baseline(run):
     """Train, score, write the JSON, print one line."""
+    warnings.filterwarnings("ignore", module="gym")  # which d3rlpy imports
     import d3rlpy
 
+    settings = run.config
     dataset = ractd.load_dataset(run.env, run.data)
     meta = dataset.summary()
     make_env = ractd.simulator(run.env, meta)
-    d3rlpy.seed(run.seed)
-    algorithm = make_algorithm(run.algorithm, run.device)
+    d3rlpy.seed(settings.seed)
+    algorithm = make_algorithm(settings.algorithm, str(run.device))
     began = time.perf_counter()
     algorithm.fit(  # shows its own progress, with ETA
         episodes_of(dataset),
-        n_steps=run.steps,
-        n_steps_per_epoch=min(run.steps, 1000),
+        n_steps=settings.steps,
+        n_steps_per_epoch=min(settings.steps, 1000),
         logger_adapter=d3rlpy.logging.NoopAdapterFactory(),
     )
     seconds = time.perf_counter() - began
@@ -66,31 +88,23 @@ def baseline(run):
     def act(observations, _):
         return algorithm.predict(observations.astype(np.float32))[:, None]  # plans of one action
 
-    result = ractd.evaluate(act, make_env, run.episodes, run.first_seed)
-    mean, sem, unit = points(run.env, result["returns"], meta)
-    path = run.out / f"baseline_{run.algorithm}.json"
-    about = {"env": run.env, "dataset": meta, "algorithm": run.algorithm, "steps": run.steps}
-    about |= {"seed": run.seed, "episodes": run.episodes, "first_seed": run.first_seed}
+    result = ractd.evaluate(act, make_env, settings.episodes, settings.first_seed)
+    mean, error, unit = points(run.env, result["returns"], meta)
+    about = {"env": run.env, "dataset": meta, **dataclasses.asdict(settings)}
     about |= {"train_s": seconds, "threads": torch.get_num_threads()}
-    about |= {"score_mean": mean, "score_sem": sem}
-    write_json(path, {**about, **result})
+    about |= {"score_mean": mean, "score_sem": error, "unit": unit}
+    path = run.out / f"baseline_{settings.algorithm}.json"
+    write_json(path, about | result)
     print(data_label(run.env, meta))
-    print(f"{run.algorithm}, {run.steps:,} steps: {unit} {mean:.1f} +- {sem:.1f}, {seconds:.0f} s")
+    score = f"{unit} {plus_minus(mean, error)}"
+    print(f"{settings.algorithm}, {settings.steps:,} steps: {score}, {seconds:.0f} s")
     print(f"All numbers: {path}")
 
 
 def main(argv=None):
     """The command line -> exit code, see `run_command`."""
-    parser = make_parser("baselines", __doc__, others=False)
-    add = parser.add_argument
-    add("--env", required=True, choices=ractd.ENVS, metavar="ENV", help=", ".join(ractd.ENVS))
-    add("--algorithm", required=True, choices=ALGORITHMS)
-    add("--out", type=Path, help="folder (default: runs/<env>)")
-    add("--steps", type=int, default=50_000, help="gradient steps (default: 50000)")
-    run = parser.parse_args(argv)
-    run.out = run.out or Path("runs") / run.env
-    warnings.filterwarnings("ignore", module="gym")
-    return run_command("baselines.py", lambda: baseline(run))
+    parser = make_parser("baselines", __doc__)
+    return run_command("baselines.py", lambda: baseline(parse_own(parser, Settings, argv)))
 
 
 if __name__ == "__main__":

@@ -3,31 +3,35 @@
     python -m reproduce.bench --env hopper-medium-replay                 speed alone
     python -m reproduce.bench --env hopper-medium-replay --episodes 20   with the score of each row
 
-What is not trained yet is trained first, as `python ractd.py distill` does.
+What is not trained yet is trained first, as `python ractd.py distill` does. onnx_1 is the student
+as `python -m reproduce.export` writes it, where the packages of reproduce/requirements.txt are.
 """
 
 import copy
 import dataclasses
 import importlib.metadata
-import platform
 import resource
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
 import ractd
+from reproduce import export
 from reproduce.common import (
-    STAGES,
     Experiment,
+    acting_noise,
+    device_name,
     in_turns,
     make_parser,
     parse_run,
+    plus_minus,
     points,
+    print_table,
     run_command,
+    stages_up_to,
     write_json,
 )
 
@@ -39,25 +43,27 @@ SAMPLERS = {
     "student_1": ("student", {"nfe": 1}),
     "student_2": ("student", {"nfe": 2}),
     "student_4": ("student", {"nfe": 4}),
-    "best_of_4": ("student", {"candidates": 4}),
-    "best_of_16": ("student", {"candidates": 16}),
 }
+SLOWEST = "teacher_80"  # whose time is divided by the others'
 BATCH = 128  # of the second column of times
 
 
 def network_passes(step):
     """Run step() and return a callable that repeats the network passes it made and nothing else.
 
-    Forward passes on the same inputs; backward ones to the weights and inputs that needed them. The
-    embedding of the noise levels, which is made outside of the network's forward, is an input.
+    Forward passes on the same inputs; backward ones to the weights and inputs that needed them.
     """
     passes = []
+
+    def copied(x):
+        return x.detach().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x
 
     def note(net, inputs):
         mlp = isinstance(net, nn.Sequential) and isinstance(net[-1], nn.Flatten)  # ractd.mlp: R, V
         if mlp or isinstance(net, ractd.UNet1d):
-            copies = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
-            needed = any(x.requires_grad for x in (*copies, *net.parameters()))
+            copies = [copied(x) for x in inputs]
+            tensors = [x for x in copies if torch.is_tensor(x)]
+            needed = any(x.requires_grad for x in (*tensors, *net.parameters()))
             passes.append((net, copies, needed and torch.is_grad_enabled()))
 
     hook = nn.modules.module.register_module_forward_pre_hook(note)
@@ -74,12 +80,15 @@ def network_passes(step):
     return repeat
 
 
-def training_speed(experiment, stage, built_on):
-    """Steps per second of one stage, and the share of a step that its network passes take."""
+def training_speed(experiment, stage, models):
+    """Steps per second of one stage, and the share of a step that its network passes take.
+
+    models: the checkpoints of the stages before it.
+    """
     config = experiment.run.config
-    dims = experiment.meta["dims"]
-    batch = getattr(config, f"{'teacher' if stage == 'tilted' else stage}_batch")
-    net, loss_fn = ractd.stage_loss(stage, config, experiment.batches, dims, built_on)
+    device = experiment.run.device
+    networks = {name: ractd.load_network(model, device) for name, model in models.items()}
+    net, loss_fn = ractd.STAGES[stage](config, experiment.batches, **networks)
     average = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-5, fused=True)
 
@@ -89,7 +98,7 @@ def training_speed(experiment, stage, built_on):
     times = in_turns({"step": step, "passes": network_passes(step)})
     return {
         "parameters": sum(p.numel() for p in net.parameters()),
-        "batch": batch,
+        "batch": getattr(config, f"{stage}_batch"),
         "steps_per_s": 1000 / times["step"][0],
         "step_ms": times["step"],
         "passes_ms": times["passes"],
@@ -97,39 +106,61 @@ def training_speed(experiment, stage, built_on):
     }
 
 
-def action_times(policies, dims, device):
-    """Times of `in_turns`, of {name: Policy} -> (of one action, of a batch of actions).
+def onnx_act(policy):
+    """The policy's `act` by onnxruntime, or None where a package for it is missing."""
+    deployed = export.Deployed(policy)
+    try:
+        session = export.onnx_session(export.to_onnx(export.to_program(deployed)))
+    except ImportError as error:
+        print(f"no row for ONNX ({error})")
+        return None
 
-    The first has the bare networks, too, under "teacher" and "student".
+    def act(observations, generators):
+        noise = acting_noise(generators, deployed.noise_shape).numpy()
+        return export.call_onnx(session, np.float32(observations), noise)
+
+    return act
+
+
+def action_times(policies, acts, dims, device):
+    """Times of `in_turns`: of one action, and of a batch of actions, each {name: [ms, IQR]}.
+
+    policies: {name: Policy}; acts: {name: what acts as `Policy.act` does}. The first has the bare
+    networks, too, under "teacher" and "student".
     """
     observations = np.zeros((BATCH, dims[0]), np.float32)
     generators = [np.random.default_rng(i) for i in range(BATCH)]
 
-    def act(policy, batch):
-        return lambda: policy.act(observations[:batch], generators[:batch])
+    def call(act, batch):
+        return lambda: act(observations[:batch], generators[:batch])
 
-    def bare(policy, *levels):
-        x, state = torch.zeros(1, *policy.shape), torch.zeros(1, dims[0])
-        inputs = x.to(device), policy.net.embed(*levels), state.to(device)
-        return lambda: policy.net(*inputs)
+    def bare(policy, t, k=None):
+        x = torch.zeros(1, *policy.shape, device=device)
+        state = torch.zeros(1, dims[0], device=device)
+        return lambda: policy.net(x, t, state, k)
 
     with torch.inference_mode():  # as a Policy does
-        one = {name: act(policy, 1) for name, policy in policies.items()}
+        one = {name: call(act, 1) for name, act in acts.items()}
         one["teacher"] = bare(policies["teacher_80"], 1.0)
         one["student"] = bare(policies["student_1"], 1.0, 0.02)
-        many = {name: act(policy, BATCH) for name, policy in policies.items()}
+        many = {name: call(act, BATCH) for name, act in acts.items()}
         return in_turns(one), in_turns(many, turns=10)
 
 
-def device_name(device):
-    """The processor's or graphics card's own name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name, info = platform.machine(), Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
-        if line.startswith("model name"):
-            name = line.split(":")[1].strip()
-    return f"{name}, threads: {torch.get_num_threads()}"
+def evaluation_times(act, make_env, config):
+    """Seconds that an evaluation spends in the simulator and in the policy's network."""
+    network_s = []
+
+    def timed(*inputs):
+        began = time.perf_counter()
+        plans = act(*inputs)
+        network_s.append(time.perf_counter() - began)
+        return plans
+
+    began = time.perf_counter()
+    ractd.evaluate(timed, make_env, config.episodes, config.first_seed)
+    whole = time.perf_counter() - began
+    return {"simulator_s": whole - sum(network_s), "network_s": sum(network_s)}
 
 
 def peak_memory(device):
@@ -141,94 +172,93 @@ def peak_memory(device):
 
 def bench(run):
     """Measure all of it, write bench.json, print the table."""
-    experiment, config = Experiment(run), run.config
-    tilts = config.tilted_steps and config.reward_weight
-    stages = [stage for stage in STAGES if stage != "tilted" or tilts]
-    models = {stage: experiment.model(stage) for stage in stages[:-1]}
-    models["student"] = experiment.student()
+    experiment = Experiment(run)
+    config = run.config
+    dims = experiment.meta["dims"]
+    data = experiment.meta["dataset"]
+    stages = stages_up_to("student", config)
+    models = {stage: experiment.model(stage) for stage in stages}
+
+    print("time per action", flush=True)
     policies = {}
     for name, (stage, changes) in SAMPLERS.items():
         acting = dataclasses.replace(config, **changes)
-        policies[name] = ractd.Policy(models[stage], acting, run.device, run.out)
-    print("time per action", flush=True)
-    one, many = action_times(policies, experiment.meta["dims"], run.device)
+        policies[name] = ractd.Policy(models[stage], acting, run.device)
+    acts = {name: policy.act for name, policy in policies.items()}
+    calls = {name: policy.calls for name, policy in policies.items()}
+    if by_onnx := onnx_act(ractd.Policy(models["student"], config)):
+        acts["onnx_1"] = by_onnx
+        calls["onnx_1"] = config.nfe
+    one, many = action_times(policies, acts, dims, run.device)
+
     train = {}
     for stage in stages:
         print(f"training steps: {stage}", flush=True)
-        train[stage] = training_speed(experiment, stage, models)
+        before = {name: models[name] for name in stages_up_to(stage, config)[:-1]}
+        train[stage] = training_speed(experiment, stage, before)
+
     score = {}
     if run.episodes is not None:  # given on the command line
         for name, (stage, changes) in SAMPLERS.items():
             print(f"score of {name}", flush=True)
             returns = experiment.score(models[stage], changes)["returns"]
-            score[name] = points(run.env, returns, experiment.meta["dataset"])
+            score[name] = points(run.env, returns, data)
+
     print(f"{config.episodes} episodes, timed", flush=True)
-    make_env = ractd.simulator(run.env, experiment.meta["dataset"])
-    network_s = []
-
-    def act(*inputs):
-        began = time.perf_counter()
-        plans = policies["student_1"].act(*inputs)
-        network_s.append(time.perf_counter() - began)
-        return plans
-
-    began = time.perf_counter()
-    ractd.evaluate(act, make_env, config.episodes, config.first_seed)
-    simulator_s = time.perf_counter() - began - sum(network_s)
+    seconds = evaluation_times(acts["student_1"], ractd.simulator(run.env, data), config)
     memory, cuda_memory = peak_memory(run.device)
     result = {
         "env": run.env,
-        "dataset": experiment.meta["dataset"],
+        "dataset": data,
         "episodes": config.episodes,
         "first_seed": config.first_seed,
-        "calls": {name: policy.calls for name, policy in policies.items()},
-        "action_ms": {name: one[name][0] for name in SAMPLERS},
-        "action_ms_iqr": {name: one[name][1] for name in SAMPLERS},
-        f"action_ms_of_batch_{BATCH}": {name: many[name][0] for name in SAMPLERS},
+        "calls": calls,
+        "action_ms": {name: one[name][0] for name in acts},
+        "action_ms_iqr": {name: one[name][1] for name in acts},
+        "ratio": {name: one[SLOWEST][0] / one[name][0] for name in acts},
+        f"action_ms_of_batch_{BATCH}": {name: many[name][0] for name in acts},
+        f"ratio_of_batch_{BATCH}": {name: many[SLOWEST][0] / many[name][0] for name in acts},
         "score": score,
         "forward_ms": {stage: one[stage][0] for stage in ("teacher", "student")},
-        "policy_ms": one["student_1"][0],
         "train": train,
-        "eval": {"simulator_s": simulator_s, "network_s": sum(network_s)},
+        "eval": seconds,
         "peak_memory_mib": memory,
         "peak_cuda_mib": cuda_memory,
         "device": device_name(run.device),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "mujoco")},
     }
     write_json(run.out / "bench.json", result)
-    print_table(result)
+    print_result(result)
     print(f"All numbers: {run.out / 'bench.json'}")
 
 
-def print_table(result):
+def print_result(result):
     """What bench.json holds, to be read."""
-    action_ms, forward_ms = result["action_ms"], result["forward_ms"]
-    slowest = action_ms["teacher_80"]
-    print(f"\n{result['env']}, {result['device']}")
-    print(f"{'':12}calls  ms/action  +- IQR  of teacher_80  ms/action in {BATCH}  score")
-    for name, ms in action_ms.items():
-        iqr, of_many = result["action_ms_iqr"][name], result[f"action_ms_of_batch_{BATCH}"][name]
-        row = f"{name:12}{result['calls'][name]:5}{ms:11.2f}{iqr:8.2f}"
-        row += f"{slowest / ms:9.1f}x less{of_many / BATCH:18.3f}"
-        if name in result["score"]:
-            mean, sem, _ = result["score"][name]
-            row += f"{mean:7.1f} +- {sem:.1f}"
-        print(row)
-    print(
-        f"bare network call: teacher {forward_ms['teacher']:.2f} ms, "
-        f"student {forward_ms['student']:.2f} ms; "
-        f"policy call {result['policy_ms'] / forward_ms['student']:.2f} of the student's"
-    )
+    print(f"\n{result['env']}, {result['device']}; ratio: {SLOWEST}'s time to this one's")
+    rows = []
+    for name, ms in result["action_ms"].items():
+        of_many = result[f"action_ms_of_batch_{BATCH}"][name] / BATCH
+        row = [name, result["calls"][name], f"{ms:.2f}", f"{result['action_ms_iqr'][name]:.2f}"]
+        row += [result["ratio"][name], f"{of_many:.3f}", result[f"ratio_of_batch_{BATCH}"][name]]
+        mean, error, _ = result["score"].get(name, (None, None, None))
+        rows.append([*row, None if mean is None else plus_minus(mean, error)])
+    header = ["", "calls", "ms/action", "IQR", "ratio", f"ms/action of {BATCH}", "ratio", "score"]
+    print_table(header, rows)
+
+    print("\ntraining")
+    rows = []
     for stage, row in result["train"].items():
-        print(
-            f"{stage:8}{row['parameters']:12,} parameters, batch {row['batch']}: "
-            f"{row['steps_per_s']:6.1f} steps/s, "
-            f"{row['network_share']:.2f} of a step in network passes"
-        )
-    seconds, memory = result["eval"], result["peak_memory_mib"]
+        share = f"{row['network_share']:.0%}"
+        rows.append([stage, f"{row['parameters']:,}", row["batch"], row["steps_per_s"], share])
+    print_table(["", "parameters", "batch", "steps/s", "of it in network passes"], rows)
+
+    forward_ms = result["forward_ms"]
+    seconds = result["eval"]
     print(
+        f"\nbare network call: teacher {forward_ms['teacher']:.2f} ms, "
+        f"student {forward_ms['student']:.2f} ms\n"
         f"{result['episodes']} episodes of student_1: simulator {seconds['simulator_s']:.1f} s, "
-        f"network {seconds['network_s']:.1f} s; peak memory {memory:.0f} MiB"
+        f"network {seconds['network_s']:.1f} s; peak memory {result['peak_memory_mib']:.0f} MiB"
     )
 
 

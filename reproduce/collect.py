@@ -21,22 +21,19 @@ are made in this way, too. D4RL's have another frame and 1, 2 and 4 million rows
 action noise of 0.5 (--noise 0.5) and rewards within 0.45 of the goal, in place of D4RL's 0.5.
 """
 
-import argparse
-import datetime
 import io
 import math
 import os
 import shlex
 import sys
-import time
 from pathlib import Path
 
 import gymnasium
 import numpy as np
 
-from ractd import ENVS, TASKS, UserError, read_hdf5, replacing
-from reproduce import pointmaze
-from reproduce.common import run_command
+from ractd import ENVS, KINDS, TASKS, UserError, read_hdf5, replacing
+from reproduce.common import make_parser, progress, run_command
+from reproduce.maze import pointmaze
 
 # training steps after which the mean return of one run passed MEDIUM_SCORE
 MEDIUM_STEPS = {"hopper": 170_000, "halfcheetah": 100_000, "walker2d": 250_000}
@@ -45,13 +42,12 @@ MEDIUM_SCORE = 33
 
 
 class Recorder(gymnasium.Wrapper):
-    """Keeps every transition of an environment, in its own units; says every 10 s how far it is."""
+    """Keeps every transition of an environment, in its own units; total: steps that are planned."""
 
     def __init__(self, env, label, total):
         super().__init__(env)
-        self.label, self.total = label, total  # total: steps that are planned
         self.rows = []
-        self.began = self.printed = time.monotonic()
+        self.tell = progress(label, total)
 
     def reset(self, **options):
         observation, info = self.env.reset(**options)
@@ -64,12 +60,7 @@ class Recorder(gymnasium.Wrapper):
         row = [self.observation, action, [reward, terminated, truncated]]
         self.rows.append(np.concatenate(row, dtype=np.float32))
         self.observation = np.array(following)
-        now, done = time.monotonic(), len(self.rows)
-        if now - self.printed > 10:
-            self.printed, rate = now, done / (now - self.began)
-            left = datetime.timedelta(seconds=round(max(0, self.total - done) / rate))
-            percent = f"{done / self.total:4.0%} of {self.total:,} steps"
-            print(f"{self.label}: {percent}  {rate:.0f}/s  ETA {left}", flush=True)
+        self.tell(len(self.rows))
         return result
 
     def arrays(self):
@@ -78,7 +69,8 @@ class Recorder(gymnasium.Wrapper):
         ends = np.flatnonzero(table[:, -2:].any(axis=1))
         if len(ends) == 0:
             raise UserError(f"no episode ended within {len(table):,} steps; give more --steps")
-        table, width = table[: ends[-1] + 1], len(self.observation)
+        table = table[: ends[-1] + 1]
+        width = len(self.observation)
         return {
             "observations": table[:, :width],
             "actions": table[:, width:-3],
@@ -117,7 +109,8 @@ def load_sac():
 def play(actor, env, seed=None):
     """One episode of the stochastic policy -> its undiscounted return."""
     observation, _ = env.reset(seed=seed)
-    total, ended = 0.0, False
+    total = 0.0
+    ended = False
     while not ended:
         action, _ = actor.predict(observation, deterministic=False)
         observation, reward, terminated, truncated, _ = env.step(action)
@@ -131,7 +124,10 @@ def pick_medium(task, returns):
 
     returns (n,): those of the snapshots, from the untrained policy to the last one.
     """
-    random, expert = TASKS[task][1:] if task else (returns[0], max(returns[0], returns[-1]))
+    random = returns[0]
+    expert = max(returns[0], returns[-1])
+    if task:
+        _, random, expert, _ = TASKS[task]
     enough = random + MEDIUM_SCORE / 100 * (expert - random)
     reached = np.flatnonzero(np.asarray(returns) >= enough)
     return int(reached[0]) if len(reached) else int(np.argmax(returns))
@@ -139,7 +135,8 @@ def pick_medium(task, returns):
 
 def train_with_snapshots(agent, env, steps, seed):
     """Train -> (mean returns of five episodes, actor weights) of all snapshots, untrained first."""
-    returns, weights = [], []
+    returns = []
+    weights = []
 
     def snapshot():
         returns.append(float(np.mean([play(agent.actor, env, seed + i) for i in range(5)])))
@@ -168,7 +165,8 @@ def collect(env_id, task, kind, steps, transitions, seed):
     chosen = [pick_medium(task, returns)]
     if kind == "medium-expert":
         chosen.append(len(returns) - 1)
-    parts, size = [], transitions // len(chosen)
+    parts = []
+    size = transitions // len(chosen)
     for number, index in enumerate(chosen, start=1):
         agent.actor.load_state_dict(weights[index])
         label = f"rollouts {number} of {len(chosen)}, policy of return {returns[index]:.1f}"
@@ -202,7 +200,7 @@ def run_maze(args):
         raise UserError("--kind is for SAC's data: leave it out")
     dataset_id = pointmaze.collect(maze, steps, args.noise, args.seed, args.out)
     print(f"minari:{dataset_id}: {steps:,} steps")
-    print(f"next: python -m reproduce.maze2d --maze {maze.name} --data minari:{dataset_id}")
+    print(f"next: python -m reproduce.maze.maze2d --maze {maze.name} --data minari:{dataset_id}")
 
 
 def run(args):
@@ -219,7 +217,9 @@ def run(args):
         if args.kind not in (None, kind):
             raise UserError(f"--env {args.env} is {kind}, --kind says {args.kind}: leave one out")
     else:
-        task, kind, env_id = None, args.kind or "medium-replay", args.env
+        task = None
+        kind = args.kind or "medium-replay"
+        env_id = args.env
     path = Path(args.out or f"{args.env.replace('/', '-')}.hdf5")
     default = 1_000_000 if kind == "medium-expert" else MEDIUM_STEPS.get(task, 200_000)
     steps = default if args.steps is None else args.steps
@@ -236,18 +236,14 @@ def run(args):
 
 def main(argv=None):
     """The command line -> exit code, see `run_command`."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("collect.py", description=__doc__, formatter_class=raw)
-    kinds, add = ("medium", "medium-replay", "medium-expert"), parser.add_argument
+    parser = make_parser("collect", __doc__)
+    add = parser.add_argument
     mazes = ", ".join(f"maze2d-{name}" for name in pointmaze.MAZES)
     add("--env", required=True, help=f"{', '.join(ENVS)}, {mazes} or any gymnasium id")
-    add("--kind", choices=kinds, help="with a gymnasium id (default: medium-replay)")
-    text = ", ".join(f"{task} {steps:,}" for task, steps in MEDIUM_STEPS.items())
-    add(
-        "--steps",
-        type=int,
-        help=f"of training (default: {text}, others 200,000; medium-expert, maze2d 1,000,000)",
-    )
+    add("--kind", choices=KINDS, help="with a gymnasium id (default: medium-replay)")
+    each = ", ".join(f"{task} {steps:,}" for task, steps in MEDIUM_STEPS.items())
+    text = f"of training (default: {each}, others 200,000; medium-expert, maze2d 1,000,000)"
+    add("--steps", type=int, help=text)
     add("--noise", type=float, default=0.0, help="maze2d: std of action noise, N (default: 0)")
     add("--transitions", type=int, default=200_000, help="rows of rollouts (default: %(default)s)")
     add("--seed", type=int, default=0, help="same seed, same file (default: %(default)s)")

@@ -1,77 +1,105 @@
-"""What more than one of these programs needs: a run, its models and their scores, pictures."""
+"""What more than one of these programs needs: a run, its models and scores, tables, pictures."""
 
 import argparse
 import copy
 import dataclasses
+import datetime
 import json
+import platform
+import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import ractd
 
-STAGES = ("teacher", "reward", "tilted", "student")
 # Okabe and Ito's, for all eyes
-COLORS = {"data": "#999999", "teacher": "#E69F00", "CTD": "#0072B2", "RACTD": "#D55E00"}
-COLORS |= {"behaviour cloning": "#56B4E9", "Diffuser": "#009E73", "Trajectory Diffuser": "#CC79A7"}
+COLORS = {
+    "data": "#999999",
+    "teacher": "#E69F00",
+    "CTD": "#0072B2",
+    "RACTD": "#D55E00",
+    "behaviour cloning": "#56B4E9",
+    "Diffuser": "#009E73",
+    "Trajectory Diffuser": "#CC79A7",
+}
+# changes of Config that make the rows of the paper's Table 5
+PLAIN = {"reward_teacher": False}
+REWARD = {"reward_teacher": True}
+CTD = {"reward_weight": 0.0}
 
 
-def make_parser(name, text, others=True):
-    """The parser of `python -m reproduce.<name>`; text: the module's docstring.
+# ---- Command lines -------------------------------------------------------------------------------
 
-    others: it takes most flags of `ractd.py distill`, too; else --data, --device, --seed,
-    --episodes and --first-seed.
-    """
-    parser = argparse.ArgumentParser(
-        prog=f"{name}.py",
+
+def make_parser(name, text):
+    """The parser of `python -m reproduce.<name>`; text: the module's docstring."""
+    return argparse.ArgumentParser(
+        prog=f"{name.split('.')[-1]}.py",
         description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    if others:
-        parser.epilog = (
-            "Most flags of `python ractd.py distill` are taken too; its --help tells them."
-        )
-        return parser
-    add = parser.add_argument
-    add("--data", default="", help="FILE.hdf5 or minari:ID (default: D4RL's file of --env)")
-    add("--device", default="cpu", help="cpu, cuda:0, ... (default: cpu)")
-    add("--seed", type=int, default=0, help="of all training (default: 0)")
-    add("--episodes", type=int, default=20, help="evaluation episodes (default: 20)")
-    add("--first-seed", type=int, default=0, help="episode i has seed first_seed + i (default: 0)")
-    return parser
 
 
 def parse_run(parser, argv):
-    """The run that the flags of `parser` and of `ractd.py distill` describe, checked."""
+    """The checked run that the flags of `parser` and of `ractd.py distill` describe."""
+    text = "Most flags of `python ractd.py distill` are taken too; its --help tells them."
+    parser.epilog = text
     own, rest = parser.parse_known_args(argv)
     run = ractd.build_parser().parse_args(["distill", *rest], own)
-    ractd.resolve(run)
+    ractd.prepare(run)
+    ractd.make_folder(run.out)
     return run
 
 
-def parse_planner(flags, defaults, unused, own, tasks=None, folder=""):
-    """The checked run of a planner's own defaults and the user's flags of `ractd.py distill`.
+RUN_FLAGS = {
+    "env": f"one of {', '.join(ractd.ENVS)}; with --data any gymnasium id",
+    "data": "FILE.hdf5 in D4RL's layout, or minari:ID (default: D4RL's file of --env)",
+    "out": "folder for all that is written (default: runs/<env>{folder})",
+    "device": "cpu, cuda, cuda:1, ... (default: cpu)",
+}
 
-    unused: names of Config that mean nothing to it, UserError if one was given; own: the namespace
-    that holds the planner's own flags already; tasks: {part of a task's name: more defaults};
-    folder: what is added to the name of the default folder, runs/<env>.
+
+def parse_own(parser, config_class, argv, tasks=None, folder=""):
+    """The checked run of a program whose settings are a dataclass of its own.
+
+    Gives run.env, data, out, device, config and what else `parser` has. config_class: a dataclass
+    of `ractd.option` fields, each a flag; tasks: {part of a task's name, in small letters: {field:
+    its default there}}; folder: what is added to the default folder, runs/<env>. What `parser` has
+    a default for already, --data for example, becomes no flag here.
     """
-    given = ractd.build_parser().parse_args(["distill", *flags])
-    given.preset = None if given.preset == "default" else given.preset
-    for name in ("preset", *unused.split()):
-        if getattr(given, name, None) is not None:
-            flag = "--" + name.replace("_", "-")
-            raise ractd.UserError(f"{flag} has no meaning for this planner; leave it out")
-    for task, more in (tasks or {}).items():
-        if task in str(given.env or given.data).lower():
-            defaults = [*defaults, *more.split()]
-    run = ractd.build_parser().parse_args(["distill", *defaults, *flags], own)
-    ractd.resolve(run)
-    if not given.out:
+    for name, text in RUN_FLAGS.items():
+        if parser.get_default(name) is None:
+            parser.add_argument(f"--{name}", help=text.format(folder=folder))
+    parser.set_defaults(command="distill", preset="default")  # as `ractd.prepare` wants them
+    fields = dataclasses.fields(config_class)
+    for field in fields:
+        ractd.add_flag(parser, field)
+    run = parser.parse_args(argv)
+    run.data = run.data or ""
+    run.device = run.device or "cpu"
+    default_folder = run.out is None
+
+    # taken out of the run, where `ractd.prepare` would take them for Config's
+    given = {field.name: vars(run).pop(field.name) for field in fields}
+    ractd.prepare(run)
+    if default_folder:
         run.out = run.out.with_name(run.out.name + folder)
+    values = {}
+    for task, defaults in (tasks or {}).items():
+        if task in run.env.lower():
+            values |= defaults
+    for field in fields:
+        value = given[field.name]
+        if value is not None:
+            ractd.check_range(field, value)
+            values[field.name] = value
+    run.config = config_class(**values)
+    ractd.make_folder(run.out)
     return run
 
 
@@ -82,80 +110,157 @@ def run_command(program, command):
     except (ractd.UserError, OSError, ImportError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     return 0
+
+
+# ---- Models and scores ---------------------------------------------------------------------------
+
+
+def stages_up_to(stage, config):
+    """A stage and those that it is built on, in the order of training."""
+    return ractd.stages_of("distill" if stage == "student" else stage, config)
 
 
 class Experiment:
     """The data of a run and models trained on them, each once; finished ones are not repeated.
 
-    run: of `parse_run`; batches, meta: of `ractd.load_data`; load, make: what takes the place of
-    that function and of `ractd.stage_loss`, for other plans. A model with other hyperparameters
-    than the run's has a folder of its own, <out>/variants/<name>; the others lie in <out>.
+    run: of `parse_run` or `parse_own`; batches, meta: of `ractd.load_data`. load, train, fields:
+    what takes the place of that function, of `ractd.train_stage` and of `ractd.STAGE_FIELDS`. A
+    model with other hyperparameters than the run's has a folder of its own, <out>/variants/<name>;
+    the others lie in <out>.
     """
 
-    def __init__(self, run, load=None, make=None):
-        self.run, self.make = run, make
+    def __init__(self, run, load=None, train=None, fields=None):
+        self.run = run
+        self.train = train or ractd.train_stage
+        self.fields = fields or ractd.STAGE_FIELDS
         self.batches, self.meta = (load or ractd.load_data)(run)
 
-    def variant(self, stages, changes, name=""):
-        """The run with `changes` of Config, in the folder of those that matter to these stages.
-
-        name: what else sets its models apart.
-        """
+    def variant(self, stages, changes):
+        """The run with `changes` of its settings, in the folder of those that these stages read."""
         run = copy.copy(self.run)
         run.config = dataclasses.replace(self.run.config, **changes)
-        names = [name] if name else []
-        for field in dataclasses.fields(run.config):
-            value = getattr(run.config, field.name)
-            matters = any(stage in field.metadata["commands"] for stage in stages)
-            if matters and value != getattr(self.run.config, field.name):
-                names.append(f"{field.name}={value}")
+        names = []
+        for name, value in changes.items():
+            matters = any(name in self.fields[stage].split() for stage in stages)
+            if matters and value != getattr(self.run.config, name):
+                names.append(f"{name}={value}")
         if names:
-            run.out = self.run.out / "variants" / "-".join(names)
+            run.out = self.run.out / "variants" / "-".join(sorted(names))
         return run
 
     def model(self, stage, changes=None):
-        """The checkpoint of teacher, reward model or tilted teacher, with `changes` of Config."""
-        built_on, config = {}, dataclasses.replace(self.run.config, **(changes or {}))
-        if stage == "tilted":
-            if not (config.tilted_steps and config.reward_weight):
-                raise ractd.UserError("no tilted teacher without --tilted-steps, --reward-weight")
-            built_on = {name: self.model(name, changes) for name in ("teacher", "reward")}
-        run = self.variant([stage, *built_on], changes or {})
-        return ractd.load_or_train(run, stage, self.batches, self.meta, built_on, self.make)
-
-    def student(self, changes=None, teacher=None, name=""):
-        """The checkpoint of the student with `changes` of Config.
-
-        teacher: the checkpoint of another teacher than the run's, which is called `name`.
-        """
+        """The checkpoint of reward, teacher or student with `changes` of the settings."""
         changes = changes or {}
-        run = self.variant(STAGES, changes, name)
-        built_on = {"teacher": teacher or self.model("teacher", changes)}
-        if run.config.reward_weight:
-            built_on["reward"] = self.model("reward", changes)
-            if run.config.tilted_steps:
-                built_on["tilted"] = teacher or self.model("tilted", changes)
-        return ractd.load_or_train(run, "student", self.batches, self.meta, built_on, self.make)
+        stages = stages_up_to(stage, dataclasses.replace(self.run.config, **changes))
+        before = {name: self.model(name, changes) for name in stages[:-1]}
+        run = self.variant(stages, changes)
+        return self.train(run, stage, self.batches, self.meta, before)
+
+    def student(self, changes=None):
+        """The checkpoint of the student with `changes` of the settings."""
+        return self.model("student", changes)
 
     def score(self, checkpoint, changes=None):
         """The metrics of a model acting with `changes` of Config: from their file, or made now."""
-        out, device = self.run.out, self.run.device
+        out = self.run.out
+        device = self.run.device
         config = dataclasses.replace(self.run.config, **(changes or {}))
         asked = {"weights": ractd.weights_id(checkpoint)}
-        asked["calls"] = ractd.Policy(checkpoint, config, device, out).calls
-        for field in dataclasses.fields(config):
-            in_calls = field.name in ("nfe", "teacher_points")
-            if "evaluate" in field.metadata["commands"] and not in_calls:
-                asked[field.name] = getattr(config, field.name)
+        asked["calls"] = ractd.Policy(checkpoint, config, device).calls
+        for name in ("temperature", "episodes", "first_seed"):
+            asked[name] = getattr(config, name)
         for path in out.glob(f"score_*_{asked['weights']}_*.json"):
             metrics = read_json(path)
             if all(metrics.get(name) == value for name, value in asked.items()):
-                print(f"{checkpoint['stage']}: score from {path}")
+                print(f"{metrics['method']}: score from {path}")
                 return metrics
         return ractd.evaluate_and_report(checkpoint, config, out, device)
+
+
+def window_starts(begins, ends, horizon):
+    """First rows of all windows of `horizon` rows inside one episode, the last one too: (W,).
+
+    begins, ends (E,): the episodes' first and last rows. For plans of states, where nothing can
+    take the place of the states that follow an episode's end.
+    """
+    starts = [np.arange(0)]
+    for begin, end in zip(begins, ends, strict=True):
+        starts.append(np.arange(begin, max(begin, end - horizon + 2)))
+    return np.concatenate(starts)
+
+
+def acting_noise(generators, shape, device="cpu"):
+    """N(0, 1) float32, each row from its own numpy Generator: (len(generators), *shape)."""
+    rows = [generator.standard_normal(shape, np.float32) for generator in generators]
+    return torch.from_numpy(np.stack(rows)).to(device)
+
+
+def mean_and_error(scores):
+    """The mean of scores (n,) and its standard error, 0 for a single one."""
+    error = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
+    return float(scores.mean()), float(error)
+
+
+def points(env, returns, data=None):
+    """Returns of episodes -> (mean, standard error, unit): scores, or returns where there is none.
+
+    data: what a checkpoint says of the data, for Minari's own scores.
+    """
+    results = ractd.normalized_score(env, np.array(returns), data)
+    unit = "normalised score"
+    if not np.isfinite(results).all():
+        results = np.array(returns)
+        unit = "return"
+    return *mean_and_error(results), unit
+
+
+def kept_score(name, about, run, act, data):
+    """The numbers of acting: those kept in <out>/<name>_seeds<a>-<b>.json, or evaluated, and kept.
+
+    about: all that decides or describes them, "episodes" and "first_seed" too; what is kept about
+    anything else but "train_s" is made anew; act: as in `ractd.evaluate`; data: what a checkpoint
+    says of the data.
+    """
+    about = {"env": run.env, "dataset": data} | about
+    episodes = about["episodes"]
+    first = about["first_seed"]
+    path = run.out / f"{name}_seeds{first}-{first + episodes - 1}.json"
+    kept = read_json(path)
+    if all(kept.get(key) == value for key, value in about.items() if key != "train_s"):
+        print(f"score from {path}")
+        return kept | about
+    print(f"evaluation: {episodes} episodes, {path}", flush=True)
+    began = time.perf_counter()
+    result = ractd.evaluate(act, ractd.simulator(run.env, data), episodes, first)
+    mean, error, unit = points(run.env, result["returns"], data)
+    result["return_mean"] = float(np.mean(result["returns"]))
+    result |= {"score_mean": mean, "score_sem": error, "unit": unit}
+    result["evaluation_s"] = time.perf_counter() - began
+    write_json(path, about | result)
+    return about | result
+
+
+def read_json(path):
+    """What `write_json` left there, {} if there is nothing; UserError if it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        what = "is damaged; delete it and give the same command again"
+        raise ractd.UserError(f"{path} {what}") from None
+
+
+def write_json(path, value):
+    """Numbers as JSON, whole or not at all."""
+    with ractd.replacing(path) as f:
+        f.write(json.dumps(value, indent=2).encode())
+
+
+# ---- Time ----------------------------------------------------------------------------------------
 
 
 def in_turns(calls, turns=50, seconds=0.01):
@@ -187,44 +292,65 @@ def in_turns(calls, turns=50, seconds=0.01):
     return summary
 
 
-def mean_and_error(scores):
-    """The mean of scores (n,) and its standard error, 0 for a single one."""
-    sem = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
-    return float(scores.mean()), float(sem)
+def progress(label, total, unit="steps", seconds=10.0):
+    """A callable tell(done), done >= 1, that prints every ten seconds how far a slow loop is."""
+    began = time.monotonic()
+    told = began
+
+    def tell(done):
+        nonlocal told
+        now = time.monotonic()
+        if now - told < seconds:
+            return
+        told = now
+        speed = done / (now - began)
+        left = datetime.timedelta(seconds=round(max(0, total - done) / speed))
+        share = f"{done / total:4.0%} of {total:,} {unit}"
+        print(f"{label}: {share}  {speed:.0f}/s  ETA {left}", flush=True)
+
+    return tell
 
 
-def points(env, returns, data=None):
-    """Returns of episodes -> (mean, standard error, unit): scores, or returns where there is none.
+def device_name(device):
+    """The processor's or graphics card's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.machine()
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("model name"):
+            name = line.split(":")[1].strip()
+    return f"{name}, threads: {torch.get_num_threads()}"
 
-    data: what a checkpoint says of the data, for Minari's own scores.
+
+# ---- Tables and pictures -------------------------------------------------------------------------
+
+
+def plus_minus(mean, error):
+    """A score and its standard error as a cell of a table."""
+    return f"{mean:.1f} +- {error:.1f}"
+
+
+def print_table(header, rows):
+    """Print a table: header, a text for each column; rows of cells: texts, numbers, None for none.
+
+    The first column is flush left, the others right; a float has one digit after the point.
     """
-    results, unit = ractd.normalized_score(env, np.array(returns), data), "normalised score"
-    if not np.isfinite(results).all():
-        results, unit = np.array(returns), "return"
-    return *mean_and_error(results), unit
 
+    def text(cell):
+        if cell is None:
+            return "-"
+        return f"{cell:.1f}" if isinstance(cell, float) else str(cell)
 
-def kept_score(name, about, run, act, data):
-    """The numbers of acting: those kept in <out>/<name>_seeds<a>-<b>.json, or evaluated, and kept.
-
-    about: all that decides or describes them, "episodes" and "first_seed" too; what is kept about
-    anything else but "train_s" is made anew; act: as in `ractd.evaluate`; data: what a checkpoint
-    says of the data.
-    """
-    about, first = {"env": run.env, "dataset": data} | about, about["first_seed"]
-    path = run.out / f"{name}_seeds{first}-{first + about['episodes'] - 1}.json"
-    kept = read_json(path)
-    if all(kept.get(key) == value for key, value in about.items() if key != "train_s"):
-        print(f"score from {path}")
-        return kept | about
-    print(f"evaluation: {about['episodes']} episodes, {path}", flush=True)
-    began, make_env = time.perf_counter(), ractd.simulator(run.env, data)
-    result = ractd.evaluate(act, make_env, about["episodes"], about["first_seed"])
-    mean, sem, unit = points(run.env, result["returns"], data)
-    result |= {"return_mean": float(np.mean(result["returns"])), "score_mean": mean}
-    result |= {"score_sem": sem, "unit": unit, "evaluation_s": time.perf_counter() - began}
-    write_json(path, about | result)
-    return about | result
+    table = [header]
+    for row in rows:
+        table.append([text(cell) for cell in row])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for first, *others in table:
+        cells = [first.ljust(widths[0])]
+        for cell, width in zip(others, widths[1:], strict=True):
+            cells.append(cell.rjust(width))
+        print("  ".join(cells).rstrip())
 
 
 def file_label(label):
@@ -237,21 +363,6 @@ def data_label(env, dataset):
     return f"{env} on\n{dataset['name']} ({dataset['source']})"
 
 
-def read_json(path):
-    """What `write_json` left there, {} if there is nothing; UserError if it is damaged."""
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        what = "is damaged; delete it and give the same command again"
-        raise ractd.UserError(f"{path} {what}") from None
-
-
-def write_json(path, value):
-    """Numbers as JSON, whole or not at all."""
-    with ractd.replacing(path) as f:
-        f.write(json.dumps(value, indent=2).encode())
-
-
 def canvas(width, height, title, **options):
     """A figure of that many inches that needs no screen, and its axes."""
     from matplotlib.figure import Figure
@@ -259,6 +370,17 @@ def canvas(width, height, title, **options):
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=9)
     return figure, figure.subplots(**options)
+
+
+def bar_chart(title, labels, values, colors, unit, data_mean):
+    """A figure of a flat bar for each label, the mean of the data dashed, and its axis."""
+    figure, axis = canvas(6, 1.5 + 0.32 * len(labels), title)
+    axis.barh(range(len(labels)), values, color=colors, height=0.6)
+    axis.axvline(data_mean, color=COLORS["data"], linestyle="--", label="mean of the data")
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()
+    axis.set_xlabel(unit)
+    return figure, axis
 
 
 def save_picture(figure, path):

@@ -1,11 +1,9 @@
-"""Several training seeds of the default on one data set, and what RACTD is made of beside them.
+"""Several training seeds on one data set: RACTD, and what it is made of beside it.
 
     python -m reproduce.seeds --env hopper-medium-replay --seeds 0 1 2 --episodes 100
 
-Each seed has a run folder of its own, <out>/seed<s>; what is finished is not repeated. RACTD by
-one, two and four calls and as the best of 4 and 16 candidates for every seed; teacher, tilted
-teacher (both by Heun's method, 10 points) and CTD for the first one. Writes <out>/seeds.json and
-.png and prints the table.
+Each seed has a run folder of its own, <out>/seed<s>; what is finished is not repeated. Teachers act
+by Heun's method with 10 points. Writes <out>/seeds.json and .png and prints the table.
 """
 
 import copy
@@ -14,81 +12,100 @@ import sys
 
 import numpy as np
 
+import ractd
 from reproduce.common import (
     COLORS,
+    CTD,
+    PLAIN,
+    REWARD,
     Experiment,
-    canvas,
+    bar_chart,
     data_label,
     make_parser,
     parse_run,
+    plus_minus,
     points,
+    print_table,
     run_command,
     save_picture,
     write_json,
 )
 
-CTD, HEUN = {"reward_weight": 0.0}, {"teacher_points": 10}
-ROWS = (  # label, who acts, changes of Config, for all seeds
-    ("teacher", "teacher", HEUN, False),
-    ("tilted teacher", "tilted", HEUN, False),
-    ("CTD", "student", CTD, False),
-    ("RACTD", "student", {}, True),
-    ("RACTD, 2 calls", "student", {"nfe": 2}, True),
-    ("RACTD, 4 calls", "student", {"nfe": 4}, True),
-    ("RACTD, best of 4", "student", {"candidates": 4}, True),
-    ("RACTD, best of 16", "student", {"candidates": 16}, True),
-)
+HEUN = {"teacher_points": 10}
+ROWS = {  # label -> who acts, changes of Config
+    "teacher": ("teacher", PLAIN | HEUN),
+    "reward teacher": ("teacher", REWARD | HEUN),
+    "CTD": ("student", PLAIN | CTD),
+    "CTD of a reward teacher": ("student", REWARD | CTD),
+    "RACTD": ("student", REWARD),
+    "RACTD, 2 calls": ("student", REWARD | {"nfe": 2}),
+    "RACTD, 4 calls": ("student", REWARD | {"nfe": 4}),
+    "RACTD, plain teacher": ("student", PLAIN),
+}
+FAMILIES = ("RACTD", "CTD", "teacher")  # each with a colour
 
 
 def measure(run):
     """{label: [metrics of each seed]}, and what the checkpoints say of the data."""
-    found = {label: [] for label, *_ in ROWS}
+    found = {label: [] for label in ROWS}
     for seed in run.seeds:
         one = copy.copy(run)
-        one.config, one.out = dataclasses.replace(run.config, seed=seed), run.out / f"seed{seed}"
+        one.config = dataclasses.replace(run.config, seed=seed)
+        one.out = run.out / f"seed{seed}"
         experiment = Experiment(one)
-        for label, actor, changes, all_seeds in ROWS:
-            if all_seeds or seed == run.seeds[0]:
-                print(f"\n== seed {seed}: {label}", flush=True)
-                student = actor == "student"
-                model = experiment.student(changes) if student else experiment.model(actor)
-                found[label].append(experiment.score(model, changes))
+        for label, (actor, changes) in ROWS.items():
+            print(f"\n== seed {seed}: {label}", flush=True)
+            model = experiment.model(actor, changes)
+            found[label].append(experiment.score(model, changes))
     return found, experiment.meta["dataset"]
 
 
 def seeds(run):
     """Measure, write the JSON, print the table, draw it."""
+    config = run.config
+    if len(set(run.seeds)) < len(run.seeds) or not 0 <= min(run.seeds) <= max(run.seeds) < 2**63:
+        raise ractd.UserError("--seeds must be different numbers from 0 to 2^63 - 1")
+    if not config.reward_weight:
+        raise ractd.UserError("--reward-weight must be more than 0; CTD is a row of its own")
     found, data = measure(run)
-    rows, unit = [], ""
+    rows = []
     for label, metrics in found.items():
-        scores = []
-        for one in metrics:
-            mean, sem, unit = points(run.env, one["returns"], data)
-            scores.append((mean, sem))
-        means = [mean for mean, _ in scores]
-        row = {"label": label, "calls": metrics[0]["calls"], "scores": scores}
-        row |= {"mean": float(np.mean(means)), "worst": min(means)}
-        rows.append(row | {"returns": [one["returns"] for one in metrics]})
-    path, config = run.out / "seeds.json", run.config
+        results = [points(run.env, one["returns"], data) for one in metrics]
+        means = [mean for mean, _, _ in results]
+        row = {"label": label, "calls": metrics[0]["calls"]}
+        row["scores"] = [(mean, error) for mean, error, _ in results]
+        row["mean"] = float(np.mean(means))
+        row["worst"] = min(means)
+        row["returns"] = [one["returns"] for one in metrics]
+        rows.append(row)
+
+    unit = results[0][2]
     about = {"env": run.env, "dataset": data, "unit": unit, "seeds": run.seeds}
     about |= {"episodes": config.episodes, "first_seed": config.first_seed}
-    write_json(path, {**about, "rows": rows})
+    path = run.out / "seeds.json"
+    write_json(path, about | {"rows": rows})
     title = f"{data_label(run.env, data)}\n{config.episodes} episodes from seed {config.first_seed}"
-    print(f"\n{title}\n{'':20}calls   mean  worst   {unit} of each training seed, +- std. err.")
+    print(f"\n{title}; {unit}")
+    header = ["", "calls", "mean", "worst", *(f"seed {seed}" for seed in run.seeds)]
+    table = []
     for row in rows:
-        each = ", ".join(f"{mean:.1f} +- {sem:.1f}" for mean, sem in row["scores"])
-        print(f"{row['label']:20}{row['calls']:5}{row['mean']:7.1f}{row['worst']:7.1f}   {each}")
+        each = [plus_minus(*score) for score in row["scores"]]
+        table.append([row["label"], row["calls"], row["mean"], row["worst"], *each])
+    print_table(header, table)
     print(f"All numbers: {path}")
-    figure, axis = canvas(5, 3, title)
+    data_mean, _, _ = points(run.env, [data["return_mean"]], data)
+    draw(rows, title, f"{unit}; bar: mean, dots: training seeds", data_mean, path)
+
+
+def draw(rows, title, unit, data_mean, path):
+    """A bar for every row, a dot for every seed."""
+    labels = [row["label"] for row in rows]
+    families = [next(name for name in FAMILIES if name in label) for label in labels]
+    colors = [COLORS[name] for name in families]
+    means = [row["mean"] for row in rows]
+    figure, axis = bar_chart(title, labels, means, colors, unit, data_mean)
     for i, row in enumerate(rows):
-        color = COLORS.get(row["label"].split(",")[0], COLORS["teacher"])
-        axis.barh(i, row["mean"], color=color, height=0.6)
         axis.plot([mean for mean, _ in row["scores"]], [i] * len(row["scores"]), "k.")
-    mean = points(run.env, [data["return_mean"]], data)[0]
-    axis.axvline(mean, color=COLORS["data"], linestyle="--", label="mean of the data")
-    axis.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    axis.invert_yaxis()
-    axis.set_xlabel(f"{unit}; bar: mean, dots: training seeds")
     axis.legend(fontsize=7)
     save_picture(figure, path.with_suffix(".png"))
 

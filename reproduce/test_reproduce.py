@@ -5,10 +5,8 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,48 +15,56 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import ractd
-from reproduce import ablate, baselines, bench, collect, common, figures, seeds
+from reproduce import ablate, baselines, bench, collect, common, export, figures, seeds
 
 torch.set_num_threads(1)  # more would round differently
-os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
-ENV, SCRIPT = "hopper-medium-replay", Path(ractd.__file__).resolve()
-SIZES = {"horizon": 8, "channels": 8, "grid-points": 6, "episodes": 3}
-SIZES |= {f"{stage}-batch": 8 for stage in ("teacher", "reward", "student")}
-SIZES |= {f"{stage}-steps": 12 for stage in common.STAGES}
-FLAGS = [f"--{name}={value}" for name, value in SIZES.items()]
+ENV = "hopper-medium-replay"
+FLAGS = ["--horizon=8", "--grid-points=6", "--trajectories=4", "--episodes=3"]
+FLAGS += [f"--{stage}-steps=6" for stage in ractd.STAGE_FIELDS]
+FLAGS += [f"--{stage}-batch=8" for stage in ractd.STAGE_FIELDS]
+TINY = {"channels": (8, 16), "kernel": 3, "blocks": 1, "patch": 4}
+CTD_FLAGS = ["--no-reward-teacher", "--reward-weight=0"]
 PNG = b"\x89PNG"
+
+
+def make_small(patch, make=gymnasium.make):
+    """Tiny networks, and episodes of Hopper of at most 20 steps."""
+
+    def short(name, **options):
+        return make(name, max_episode_steps=20 if name == "Hopper-v4" else None, **options)
+
+    patch.setitem(ractd.NETWORKS, "small", TINY)
+    patch.setattr(gymnasium, "make", short)
 
 
 @pytest.fixture(autouse=True)
 def sandbox(tmp_path, monkeypatch):
-    """Nothing of the user's is read or written."""
+    """Nothing of the user's is read or written, and all is small."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
+    make_small(monkeypatch)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder with random data, five short episodes, and what `ractd.py distill` made of them."""
+def trained(tmp_path_factory, log_file):
+    """A folder with what `ractd.py distill` made of the random data: run (RACTD), run-ctd."""
     folder = tmp_path_factory.mktemp("trained")
-    rng, n, ends = np.random.default_rng(0), 133, np.array([39, 47, 52, 112])
-    with h5py.File(folder / "log.hdf5", "w") as f:
-        f["observations"] = rng.normal(size=(n, 11))
-        f["actions"] = rng.uniform(-0.9, 0.8, (n, 3))
-        f["rewards"] = rng.normal(1, 1, n)
-        f["terminals"] = np.isin(range(n), ends[::2])
-        f["timeouts"] = np.isin(range(n), ends[1::2])
-    flags = [f"--env={ENV}", "--data=log.hdf5", "--out=run", *FLAGS]
-    subprocess.run([sys.executable, SCRIPT, "distill", *flags], check=True, cwd=folder)
+    flags = [f"--env={ENV}", f"--data={log_file}", *FLAGS]
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        assert ractd.main(["distill", *flags, f"--out={folder / 'run'}"]) == 0
+        assert ractd.main(["distill", *flags, *CTD_FLAGS, f"--out={folder / 'run-ctd'}"]) == 0
     return folder
 
 
 @pytest.fixture
-def run(trained, tmp_path):
-    """A copy of the run folder to work on, and the flags that made it."""
+def run(trained, tmp_path, log_file):
+    """A copy of RACTD's run folder to work on, and the flags that made it."""
     out = shutil.copytree(trained / "run", tmp_path / "run")
-    return out, [f"--env={ENV}", f"--data={trained / 'log.hdf5'}", f"--out={out}", *FLAGS]
+    return out, [f"--env={ENV}", f"--data={log_file}", f"--out={out}", *FLAGS]
 
 
 def read(path):
@@ -67,7 +73,7 @@ def read(path):
 
 def distilled(out):
     """The score file that `ractd.py distill` left."""
-    (path,) = out.glob("score_RACTD_*_calls1_N1_T0.25_*.json")
+    (path,) = out.glob("score_RACTD_*_calls1_T0.25_*.json")
     return read(path)
 
 
@@ -82,7 +88,15 @@ def interrupted(*_, **__):
     raise KeyboardInterrupt
 
 
-# ---- common.py ----------------------------------------------------------------------------------
+def forbid_training(monkeypatch):
+    monkeypatch.setattr(ractd, "fit", None)
+
+
+def forbid_acting(monkeypatch):
+    monkeypatch.setattr(ractd, "evaluate", None)
+
+
+# ---- common.py -----------------------------------------------------------------------------------
 
 
 def test_points_are_scores_or_returns_where_the_environment_has_no_reference():
@@ -93,7 +107,8 @@ def test_points_are_scores_or_returns_where_the_environment_has_no_reference():
 
 
 def test_a_score_is_kept_for_the_same_models_and_made_anew_for_others(tmp_path, monkeypatch):
-    evaluated, run = [], SimpleNamespace(env=ENV, out=tmp_path)
+    evaluated = []
+    run = SimpleNamespace(env=ENV, out=tmp_path)
     monkeypatch.setattr(ractd, "simulator", lambda *_: None)
 
     def evaluate(*how):
@@ -102,26 +117,82 @@ def test_a_score_is_kept_for_the_same_models_and_made_anew_for_others(tmp_path, 
 
     monkeypatch.setattr(ractd, "evaluate", evaluate)
     about = {"episodes": 2, "first_seed": 5, "weights": "a", "train_s": 10.0}
-    first = common.kept_score("x", about, run, None, {})
-    assert json.loads((tmp_path / "x_seeds5-6.json").read_text()) == first
-    again = common.kept_score("x", about | {"train_s": 11.0}, run, None, {})
+    first = common.kept_score("x", about, run, None, {"source": "file"})
+    assert read(tmp_path / "x_seeds5-6.json") == first
+    again = common.kept_score("x", about | {"train_s": 11.0}, run, None, {"source": "file"})
     assert again == first | {"train_s": 11.0} and evaluated == [(2, 5)]
-    assert common.kept_score("x", about | {"weights": "b"}, run, None, {})["weights"] == "b"
-    assert evaluated == [(2, 5)] * 2
+    other = common.kept_score("x", about | {"weights": "b"}, run, None, {"source": "file"})
+    assert other["weights"] == "b" and evaluated == [(2, 5)] * 2
+    (tmp_path / "x_seeds5-6.json").write_text("{")
+    with pytest.raises(ractd.UserError, match="is damaged"):
+        common.kept_score("x", about, run, None, {"source": "file"})
+
+
+@dataclasses.dataclass
+class Own:
+    """Settings of a program with two of its own."""
+
+    horizon: int = ractd.option(2, "plan", 1, 9)
+    scale: float = ractd.option(0.5, "guidance", 0, 1)
+
+
+def test_a_program_with_settings_of_its_own_has_no_others(tmp_path):
+    def parse(*argv, **how):
+        parser = common.make_parser("x", "")
+        parser.add_argument("--sigma", type=float, default=0.1)
+        return common.parse_own(parser, Own, argv, **how)
+
+    run = parse("--env=hopper-medium", "--scale=1", "--sigma=2", folder="-x")
+    assert run.config == Own(2, 1.0) and run.sigma == 2
+    assert run.out == Path("runs/hopper-medium-x") and run.out.is_dir()
+    assert (run.env, run.data, run.device.type) == ("hopper-medium", "", "cpu")
+    tasks = {"hopper": {"horizon": 7, "scale": 0.25}, "ant": {"horizon": 8}}
+    run = parse("--data=a/Hopper.hdf5", "--scale=1", f"--out={tmp_path / 'y'}", tasks=tasks)
+    assert run.config == Own(7, 1.0) and run.env == "Hopper" and run.out == tmp_path / "y"
+    with pytest.raises(ractd.UserError, match="--scale 2.0: must be in 0 to 1"):
+        parse("--env=hopper-medium", "--scale=2")
+    with pytest.raises(SystemExit, match="2"):
+        parse("--env=hopper-medium", "--gamma=0.9")
+
+    parser = common.make_parser("x", "")
+    parser.set_defaults(env="maze2d-umaze", data="minari:a/b-v0")  # are no flags then
+    assert common.parse_own(parser, Own, []).out == Path("runs/maze2d-umaze")
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--env=hopper-medium"])
 
 
 def test_a_model_with_other_hyperparameters_has_a_folder_of_its_own(run):
     experiment = common.Experiment(common.parse_run(common.make_parser("x", ""), run[1]))
 
-    def folder(stages, **changes):
+    def folder(*stages, **changes):
         return str(experiment.variant(stages, changes).out.relative_to(run[0]))
 
-    assert folder(["teacher"]) == folder(["teacher"], dsm_weight=0.5, nfe=2, episodes=7) == "."
-    assert folder(common.STAGES, nfe=2, candidates=4) == "."
-    assert folder(common.STAGES, dsm_weight=0.5, nfe=2) == "variants/dsm_weight=0.5"
-    assert folder(["reward"], gamma=0.9) == "variants/gamma=0.9"
-    assert folder(["tilted"], temperature=0.5) == "."  # a student's paths start from it
-    assert folder(common.STAGES, temperature=0.5) == "variants/temperature=0.5"
+    assert folder("teacher") == folder("teacher", dsm_weight=0.5, nfe=2, temperature=1) == "."
+    assert folder("student", nfe=2, episodes=7, teacher_points=10) == "."
+    assert folder("student", dsm_weight=0.5, nfe=2) == "variants/dsm_weight=0.5"
+    assert folder("student", dsm_weight=1.0) == "."  # as it is
+    assert folder("reward", gamma=0.9, reward_teacher=False) == "variants/gamma=0.9"
+    assert folder("reward", "teacher", gamma=0.9) == "variants/gamma=0.9"
+
+
+def test_windows_inside_an_episode_and_noise_of_each_row():
+    begins = np.array([0, 4, 6])
+    ends = np.array([3, 5, 11])
+    assert common.window_starts(begins, ends, 3).tolist() == [0, 1, 6, 7, 8, 9]
+    assert common.window_starts(begins, ends, 7).tolist() == []
+    generators = [np.random.default_rng(i) for i in range(2)]
+    noise = common.acting_noise(generators, (5, 2))
+    alone = np.random.default_rng(1).standard_normal((5, 2), np.float32)
+    assert noise.dtype == torch.float32 and (noise[1].numpy() == alone).all()
+    assert (noise[0] != noise[1]).all()
+
+
+def test_a_table_has_aligned_columns(capsys):
+    rows = [["RACTD", 1, 2.345], ["x", None, common.plus_minus(10, 0.25)]]
+    common.print_table(["", "calls", "score"], rows)
+    expected = ["       calls        score", "RACTD      1          2.3"]
+    expected += ["x          -  10.0 +- 0.2"]
+    assert capsys.readouterr().out.splitlines() == expected
 
 
 def test_exit_codes_and_sentences(run, capsys, monkeypatch):
@@ -131,28 +202,34 @@ def test_exit_codes_and_sentences(run, capsys, monkeypatch):
         refused(capsys, module.main([*flags, *what, "--teacher-lr=1e-4"]), "teacher_lr: 0.001")
         with pytest.raises(SystemExit, match="2"):
             module.main([*flags, *what, "--horizn=8"])
+    for numbers in (["-1"], ["3", "3"]):
+        refused(capsys, seeds.main([*flags, "--seeds", *numbers]), "--seeds must be different")
+    refused(capsys, seeds.main([*flags, "--reward-weight=0"]), "--reward-weight")
     (out / "student.jsonl").unlink()
-    refused(capsys, figures.main([*flags, "--what=speed"]), "first give", "reproduce.bench")
     refused(capsys, figures.main([*flags, "--what=training"]), "student.jsonl")
 
     monkeypatch.setattr(ractd, "load_data", interrupted)
     assert bench.main(flags) == 130
 
 
-# ---- bench.py -----------------------------------------------------------------------------------
+# ---- bench.py ------------------------------------------------------------------------------------
 
 
 def test_the_bound_of_a_student_step_is_the_passes_that_its_losses_need():
     size = {"channels": (8, 16), "patch": 2}  # plans (B, 8, 2), states (B, 3)
     teacher = ractd.UNet1d(2, 3, **size)
-    target, student = (ractd.UNet1d(2, 3, **size, student=True) for _ in "12")
-    reward_model, calls = ractd.RewardModel(3, 2, networks=2), []
+    target = ractd.UNet1d(2, 3, **size, student=True)
+    student = ractd.UNet1d(2, 3, **size, student=True)
+    reward_model = ractd.RewardModel(3, 2, networks=2)
     for net in (teacher, target, reward_model):
         net.requires_grad_(False)
-    state, x0, config = torch.randn(4, 3), torch.randn(4, 8, 2), ractd.Config(path_batch=2)
+    state = torch.randn(4, 3)
+    x0 = torch.randn(4, 8, 2)
+    config = ractd.Config(trajectories=2)
     repeat = bench.network_passes(
         lambda: ractd.distillation_loss(student, target, teacher, reward_model, state, x0, config)
     )
+    calls = []
 
     def note(net, inputs):
         calls.append((net, len(inputs[0]), inputs[0].requires_grad, torch.is_grad_enabled()))
@@ -161,19 +238,18 @@ def test_the_bound_of_a_student_step_is_the_passes_that_its_losses_need():
         net.register_forward_pre_hook(note)
     repeat()
     assert calls == [
-        (student, 10, False, True),  # Eqs. 5, 7 and the jump that acts in one
+        (student, 4, False, True),  # Eq. 6, the jump t -> k
         (target, 4, True, True),  # Eq. 5, the estimate's k -> 0
         (teacher, 4, False, False),  # Eq. 6, a step of Heun's method
         (teacher, 4, False, False),
         (target, 4, False, False),  # Eq. 6, u -> k
         (target, 4, False, False),  # Eq. 5, the target's k -> 0
-        *11 * [(teacher, 2, False, False)],  # a whole path
-        (student, 4, False, True),  # Eq. 8
-        *((network, 4, True, True) for network in reward_model.networks),
+        (student, 4, False, True),  # Eq. 7
+        (student, 4, False, True),  # the one-call plan
+        *((network, 4, True, True) for network in reward_model.networks),  # Eq. 8
+        *11 * [(teacher, 2, False, False)],  # teacher trajectories
     ]
-    levels = ("level_in", "level.")  # embedded outside of the network's forward
-    moved = {name for name, p in student.named_parameters() if p.grad is not None}
-    assert moved == {name for name, _ in student.named_parameters() if not name.startswith(levels)}
+    assert all(p.grad is not None for p in student.parameters())
     for net in (teacher, target, reward_model):
         assert all(p.grad is None for p in net.parameters())
 
@@ -197,31 +273,66 @@ def test_bench_writes_every_promised_number(run, monkeypatch, capsys):
     real = bench.in_turns
     monkeypatch.setattr(bench, "in_turns", lambda calls, turns=0: real(calls, 2, 0))
     monkeypatch.setattr(bench, "BATCH", 2)
-    monkeypatch.setattr(ractd, "fit", None)
+    forbid_training(monkeypatch)
     assert bench.main(flags) == 0
     result = read(out / "bench.json")
     teachers = {"teacher_80": 157, "teacher_20": 37, "teacher_10": 17}
-    assert result["calls"] == teachers | {
-        "student_1": 1,
-        "student_2": 2,
-        "student_4": 4,
-        "best_of_4": 1,
-        "best_of_16": 1,
-    }
-    assert result["score"].keys() == result["action_ms"].keys() == result["calls"].keys()
+    students = {"student_1": 1, "student_2": 2, "student_4": 4}
+    assert result["calls"] == teachers | students | {"onnx_1": 1}
+    assert result["score"].keys() == bench.SAMPLERS.keys()
     assert result["score"]["student_1"][0] == pytest.approx(distilled(out)["score_mean"])
-    assert result["action_ms"]["teacher_80"] > 10 * result["action_ms"]["student_1"]
+    ms = result["action_ms"]
+    assert ms.keys() == result["ratio"].keys() == result["calls"].keys()
+    assert result["ratio"]["student_1"] == pytest.approx(ms["teacher_80"] / ms["student_1"])
+    assert result["ratio"]["student_1"] > 10
     assert result["forward_ms"].keys() == {"teacher", "student"}
     for row in result["train"].values():
         assert 0 < row["network_share"] < 5 and row["steps_per_s"] > 0 and row["batch"] == 8
     assert min(result["eval"].values()) > 0 and result["peak_memory_mib"] > 50
     assert result["device"] and result["versions"]["torch"] == torch.__version__
-    assert "of a step in network passes" in capsys.readouterr().out
-    assert figures.main([*flags, "--what=speed"]) == 0
-    assert (out / "speed.png").read_bytes()[:4] == PNG
+    printed = capsys.readouterr().out
+    for part in ("onnx_1", "of it in network passes", "bare network call"):
+        assert part in printed
 
 
-# ---- ablate.py ----------------------------------------------------------------------------------
+# ---- export.py -----------------------------------------------------------------------------------
+
+
+def test_exported_files_act_as_the_policy_does(run, capsys, monkeypatch):
+    import onnxruntime
+
+    out, _ = run
+    assert export.main([f"--out={out}", "--nfe=2"]) == 0
+    assert "noise (B, 16, 3) -> plan (B, 8, 3), 2 network call(s)" in capsys.readouterr().out
+    saved = ractd.load_checkpoint(out / "student.pt", "student")
+    policy = ractd.Policy(saved, ractd.Config(nfe=2))
+    observations = np.random.default_rng(9).normal(size=(5, 11))  # float64
+    plans = policy.act(observations, [np.random.default_rng(i) for i in range(5)])
+    noise = common.acting_noise([np.random.default_rng(i) for i in range(5)], (16, 3))
+    session = onnxruntime.InferenceSession(out / "policy.onnx")
+    inputs = {"observation": np.float32(observations), "noise": noise.numpy()}
+    np.testing.assert_allclose(session.run(["plan"], inputs)[0], plans, atol=1e-5)
+    program = torch.export.load(out / "policy.pt2").module()
+    for n in (1, 5):
+        found = program(torch.tensor(observations[:n]), noise[:n])
+        np.testing.assert_allclose(found.numpy(), plans[:n], atol=1e-5)
+
+    # where it differs, or a package is missing
+    (out / "policy.onnx").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "to_onnx", lambda _: b"")
+        patch.setattr(export, "onnx_session", lambda _: None)
+        patch.setattr(export, "call_onnx", lambda _, observation, noise: noise[:, :8] + 1)
+        refused(capsys, export.main([f"--out={out}"]), "differ from the policy's by")
+        patch.undo()
+        patch.setitem(sys.modules, "onnxscript", None)
+        refused(capsys, export.main([f"--out={out}"]), "onnxscript", "pip install")
+    assert not (out / "policy.onnx").exists() and (out / "policy.pt2").exists()
+    refused(capsys, export.main(["--env=hopper-medium"]), "there is no folder")
+    refused(capsys, export.main([f"--out={out}", "--env=hopper-medium"]), "made otherwise")
+
+
+# ---- ablate.py -----------------------------------------------------------------------------------
 
 
 def test_an_ablation_trains_each_row_as_it_says_and_never_twice(run, monkeypatch, capsys):
@@ -230,37 +341,58 @@ def test_an_ablation_trains_each_row_as_it_says_and_never_twice(run, monkeypatch
     first = read(out / "ablate_losses.json")
     for row in first["rows"]:
         name = "-".join(f"{key}={value}" for key, value in row["changes"].items())
-        path = (out / "variants" / name if name else out) / "student.pt"
-        recipe = torch.load(path)["recipe"]
+        folder = out / "variants" / name if name else out
+        recipe = torch.load(folder / "student.pt")["recipe"]
         assert all(recipe[key] == value for key, value in row["changes"].items())
-        assert recipe["teacher"] == ractd.weights_id(torch.load(out / "teacher.pt"))
+        letter = folder if "denoising" in row["changes"] else out
+        assert recipe["teacher"] == ractd.weights_id(torch.load(letter / "teacher.pt"))
     students = {ractd.weights_id(torch.load(path)) for path in out.rglob("student.pt")}
-    assert len(students) == len(first["rows"]) and len(list(out.rglob("teacher.pt"))) == 1
+    assert len(students) == len(first["rows"]) and len(list(out.rglob("teacher.pt"))) == 2
     table = capsys.readouterr().out
     assert "without DSM" in table and "109.5" in table
-    monkeypatch.setattr(ractd, "fit", None)
-    monkeypatch.setattr(ractd, "evaluate", None)
+    forbid_training(monkeypatch)
+    forbid_acting(monkeypatch)
     assert ablate.main([*flags, "--what=losses"]) == 0
     assert read(out / "ablate_losses.json") == first
     assert (out / "ablate_losses.png").read_bytes()[:4] == PNG
 
 
-def test_reward_weights_are_multiples_of_the_runs_own():
+def test_rows_change_what_their_labels_say():
     rows = ablate.ablations(ractd.Config(reward_weight=2.0))["reward-weight"]
     weights = [row.changes.get("reward_weight", 2.0) for row in rows]
     assert weights == pytest.approx([0, 1, 2, 4])
+    rows = ablate.ablations(ractd.Config(), "walker2d-medium")["reward-input"]
+    for row, acts in zip(rows, ("plan", "dsm"), strict=True):
+        assert row.changes == ractd.PAPER_LOSSES | {"reward_weight": 0.4, "reward_input": acts}
     for what, rows in ablate.ablations(ractd.Config()).items():
         assert len({row.label for row in rows}) == len(rows), what
         for row in rows:
             dataclasses.replace(ractd.Config(), **row.changes)  # names of Config, all of them
 
 
+def test_table_5_has_the_reward_in_neither_stage_one_of_them_and_both(run, capsys):
+    out, flags = run
+    assert ablate.main([*flags, "--what=reward-stage"]) == 0
+    rows = read(out / "ablate_reward-stage.json")["rows"]
+    scores = {tuple(row["returns"]): row["label"] for row in rows}
+    assert len(scores) == 4
+    for path in out.glob("score_*.json"):
+        metrics = read(path)
+        assert f"({metrics['method']})" in scores[tuple(metrics["returns"])]
+    assert rows[3]["returns"] == distilled(out)["returns"]
+    plain = ractd.weights_id(torch.load(out / "variants/reward_teacher=False/teacher.pt"))
+    for path in out.rglob("student.pt"):
+        recipe = torch.load(path)["recipe"]
+        assert (recipe["teacher"] == plain) == (not recipe["reward_teacher"])
+    assert {path.parent for path in out.rglob("reward.pt")} == {out}  # one for all
+
+
 def test_an_ablation_of_acting_trains_nothing(run, monkeypatch):
     out, flags = run
     rows = ablate.ablations(ractd.Config())["nfe"]
     rows.append(ablate.Row("teacher", {"teacher_points": 3, "temperature": 0.5}, actor="teacher"))
-    monkeypatch.setattr(ablate, "ablations", lambda _=None: {"nfe": rows})
-    monkeypatch.setattr(ractd, "fit", None)
+    monkeypatch.setattr(ablate, "ablations", lambda *_: {"nfe": rows})
+    forbid_training(monkeypatch)
     assert ablate.main([*flags, "--what=nfe"]) == 0
     rows = read(out / "ablate_nfe.json")["rows"]
     assert [row["calls"] for row in rows] == [1, 2, 4, 3]
@@ -276,33 +408,7 @@ def test_without_reference_scores_an_ablation_shows_returns(run, monkeypatch):
     assert rows[0]["score"] == np.mean(distilled(out)["returns"])
 
 
-def test_reward_stages_exchange_the_teacher_and_the_windows_of_the_student(run, monkeypatch):
-    out, flags = run
-    seen, loss = [], ractd.stage_loss
-
-    def record(stage, config, batches, dims, built_on):
-        if stage == "student":
-            seen.append((config.reward_weight > 0, config.tilted_steps, built_on))
-        return loss(stage, config, batches, dims, built_on)
-
-    monkeypatch.setattr(ractd, "stage_loss", record)
-    assert ablate.main([*flags, "--what=reward-stage"]) == 0
-    teacher, tilted = (ractd.weights_id(torch.load(out / f"{x}.pt")) for x in ("teacher", "tilted"))
-    names = [{key: ractd.weights_id(x) for key, x in built_on.items()} for *_, built_on in seen]
-    assert names[0] == {"teacher": teacher} and not seen[0][0]  # CTD
-    assert names[1] == {"teacher": tilted} and not seen[1][0]
-    assert names[2]["tilted"] == names[2]["teacher"] == teacher and seen[2][0]
-    assert names[3].keys() == {"teacher", "reward"} and seen[3][1] == 0  # Eq. 8
-    assert names[3]["teacher"] == teacher and len(seen) == 4  # RACTD was there
-
-
-# ---- seeds.py -----------------------------------------------------------------------------------
-
-
-def test_without_a_tilt_no_teacher_is_called_tilted(run, capsys):
-    _, flags = run
-    for flag in ("--tilted-steps=0", "--reward-weight=0"):
-        refused(capsys, seeds.main([*flags, flag, "--out=x"]), "tilted teacher", "--tilted-steps")
+# ---- seeds.py ------------------------------------------------------------------------------------
 
 
 def test_every_seed_is_a_run_of_its_own_and_the_table_has_their_mean_and_worst(run, monkeypatch):
@@ -311,31 +417,43 @@ def test_every_seed_is_a_run_of_its_own_and_the_table_has_their_mean_and_worst(r
     assert seeds.main(flags) == 0
     result = read(Path("all/seeds.json"))
     rows = {row["label"]: row for row in result["rows"]}
-    assert result["seeds"] == [3, 0] and len(rows["RACTD"]["scores"]) == 2
-    assert len(rows["CTD"]["scores"]) == len(rows["teacher"]["scores"]) == 1
+    assert result["seeds"] == [3, 0] and rows.keys() == seeds.ROWS.keys()
     first, second = (mean for mean, _ in rows["RACTD"]["scores"])
     assert second == pytest.approx(distilled(out)["score_mean"])  # as `ractd.py distill` does
     assert rows["RACTD"]["mean"] == pytest.approx((first + second) / 2)
     assert rows["RACTD"]["worst"] == min(first, second) and first != second
-    for seed in (3, 0):
-        assert torch.load(f"all/seed{seed}/teacher.pt")["recipe"]["seed"] == seed
+    methods = {"teacher", "reward teacher", "CTD", "CTD of a reward teacher"}
+    methods |= {"RACTD", "RACTD, plain teacher"}
+    for seed, column in ((3, 0), (0, 1)):
+        folder = Path(f"all/seed{seed}")
+        assert torch.load(folder / "teacher.pt")["recipe"]["seed"] == seed
+        scores = [read(path) for path in folder.glob("score_*.json")]
+        assert {metrics["method"] for metrics in scores} == methods
+        for metrics in scores:
+            row = rows[
+                metrics["method"] + f", {metrics['calls']} calls" * (1 < metrics["calls"] < 9)
+            ]
+            assert row["returns"][column] == metrics["returns"]
+            assert row["calls"] == metrics["calls"]
     assert Path("all/seeds.png").read_bytes()[:4] == PNG
-    monkeypatch.setattr(ractd, "fit", None)
-    monkeypatch.setattr(ractd, "evaluate", None)
+    forbid_training(monkeypatch)
+    forbid_acting(monkeypatch)
     assert seeds.main(flags) == 0 and read(Path("all/seeds.json")) == result
 
 
-# ---- baselines.py -------------------------------------------------------------------------------
+# ---- baselines.py --------------------------------------------------------------------------------
 
 
-def test_without_d3rlpy_a_baseline_says_what_is_missing(trained, monkeypatch, capsys):
+def test_without_d3rlpy_a_baseline_says_what_is_missing(log_file, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "d3rlpy", None)
-    flags = [f"--env={ENV}", f"--data={trained / 'log.hdf5'}", "--algorithm=iql", "--out=b"]
+    flags = [f"--env={ENV}", f"--data={log_file}", "--out=b"]
     refused(capsys, baselines.main(flags), "d3rlpy")
 
 
 @pytest.mark.parametrize("algorithm", baselines.ALGORITHMS)
-def test_a_baseline_learns_from_the_data_and_acts_in_the_simulator(trained, monkeypatch, algorithm):
+def test_a_baseline_learns_from_the_data_and_acts_in_the_simulator(
+    log_file, monkeypatch, algorithm
+):
     """d3rlpy's part is played by a double that notes what it is given and never moves."""
     given = {}
 
@@ -361,8 +479,7 @@ def test_a_baseline_learns_from_the_data_and_acts_in_the_simulator(trained, monk
     )
     monkeypatch.setitem(sys.modules, "d3rlpy", double)
     monkeypatch.setitem(sys.modules, "d3rlpy.dataset", SimpleNamespace(MDPDataset=lambda *x: x))
-    data = str(trained / "log.hdf5")
-    flags = [f"--env={ENV}", f"--data={data}", f"--algorithm={algorithm}", "--out=b"]
+    flags = [f"--env={ENV}", f"--data={log_file}", f"--algorithm={algorithm}", "--out=b"]
     assert baselines.main([*flags, "--steps=7", "--seed=4", "--episodes=3"]) == 0
     result = read(Path(f"b/baseline_{algorithm}.json"))
     assert given["steps"] == result["steps"] == 7 and given["seed"] == 4
@@ -373,42 +490,67 @@ def test_a_baseline_learns_from_the_data_and_acts_in_the_simulator(trained, monk
     assert np.flatnonzero(timeouts).tolist() == [47, 112, 132]  # the file's end is a time limit
     still = ractd.evaluate(
         lambda observations, _: np.zeros((len(observations), 1, 3)),
-        ractd.simulator(ENV, {"source": "file"}),
+        ractd.simulator(ENV, ractd.load_dataset(ENV, str(log_file)).summary()),
         3,
     )
     assert result["returns"] == still["returns"]
 
 
-# ---- figures.py ---------------------------------------------------------------------------------
+# ---- figures.py ----------------------------------------------------------------------------------
 
 
-def test_returns_and_training_are_drawn_from_one_more_student(run):
+def test_returns_and_training_are_drawn_from_two_more_models(run):
     out, flags = run
     for what in ("returns", "training"):
         assert figures.main([*flags, f"--what={what}"]) == 0
         assert (out / f"{what}.png").read_bytes()[:4] == PNG
-    assert [path.name for path in (out / "variants").iterdir()] == ["reward_weight=0.0"]
-    assert len(list(out.glob("score_*.json"))) == 3  # one is of `distill`
+    scores = [read(path) for path in out.glob("score_*.json")]
+    assert {metrics["method"] for metrics in scores} == {"RACTD", "CTD", "teacher"}
 
 
-def test_a_video_is_the_first_episode_or_a_sentence(run, monkeypatch, capsys):
+def test_a_video_has_both_students_in_the_same_episode_or_a_sentence(
+    run, trained, monkeypatch, capsys
+):
     from gymnasium.envs.mujoco import MujocoEnv
-    from PIL import Image
 
     out, flags = run
-    pictures = iter(np.uint8(np.ones((99, 24, 24, 3)) * np.arange(99)[:, None, None, None]))
-    monkeypatch.setattr(MujocoEnv, "render", lambda _: next(pictures))
-    assert figures.main([*flags, "--what=video"]) == 0
+    monkeypatch.setattr(MujocoEnv, "render", lambda _: np.zeros((24, 80, 3), np.uint8))
     length = distilled(out)["lengths"][0]
+    assert figures.main([*flags, "--what=video"]) == 0
+    printed = capsys.readouterr().out
+    assert f"RACTD: an episode of {length} steps, return" in printed and "CTD: an" in printed
     with Image.open(out / "episode.gif") as gif:
-        assert gif.n_frames == math.ceil((length + 1) / 4)  # 125 a second, every fourth
+        assert gif.size == (80, 24 + figures.BAR)
+
+    (path,) = (trained / "run-ctd").glob("score_CTD_*.json")
+    shutil.copytree(trained / "run-ctd", "run-ctd")
+    assert figures.main([*flags, "--what=video", "--file=both.gif"]) == 0
+    printed = capsys.readouterr().out
+    for name, about in (("CTD", read(path)), ("RACTD", distilled(out))):
+        steps = f"an episode of {about['lengths'][0]} steps"
+        assert f"{name}: {steps}, return {about['returns'][0]:.0f}" in printed
+    with Image.open("both.gif") as gif:
+        assert gif.size == (160, 24 + figures.BAR)
 
     monkeypatch.delattr(MujocoEnv, "render")  # an AttributeError, as without OpenGL
     refused(capsys, figures.main([*flags, "--what=video", "--file=b.gif"]), "MUJOCO_GL", "draw")
     assert not Path("b.gif").exists()
+    missing = figures.main([*flags, "--what=video", "--ctd=nowhere"])
+    refused(capsys, missing, "no trained student at nowhere/student.pt")
 
 
-# ---- collect.py ---------------------------------------------------------------------------------
+def test_a_gif_has_30_pictures_a_second_or_as_many_as_its_size_allows(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (40, 30, 30, 3), np.uint8)
+    frames = [Image.fromarray(picture).quantize(64) for picture in noise]
+    for limit, skip in ((10**6, 4), (12_000, 5)):
+        (tmp_path / "x.gif").write_bytes(figures.small_gif(frames, 8, limit))
+        assert (tmp_path / "x.gif").stat().st_size <= limit
+        with Image.open(tmp_path / "x.gif") as gif:
+            assert gif.n_frames == math.ceil(40 / skip)
+            assert gif.info["duration"] == 10 * (8 * skip // 10)
+
+
+# ---- collect.py ----------------------------------------------------------------------------------
 
 
 class Corridor(gymnasium.Env):
@@ -464,7 +606,7 @@ def corridor(monkeypatch, tmp_path):
     folder = tmp_path / "corridor"
     folder.mkdir()
     gymnasium.register("Corridor-v0", Corridor, max_episode_steps=5)
-    monkeypatch.setitem(sys.modules, "stable_baselines3", types.SimpleNamespace(SAC=FakeSAC))
+    monkeypatch.setitem(sys.modules, "stable_baselines3", SimpleNamespace(SAC=FakeSAC))
     monkeypatch.setattr(collect, "SNAPSHOT_EVERY", 100)
     monkeypatch.chdir(folder)
     yield folder
@@ -473,7 +615,7 @@ def corridor(monkeypatch, tmp_path):
 
 def test_replay_is_the_training_history(corridor, capsys, monkeypatch):
     clock = iter(range(0, 100_000, 6))
-    monkeypatch.setattr(collect.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))
     assert collect.main(["--env=Corridor-v0", "--steps=250"]) == 0
     printed = capsys.readouterr().out
     for part in ("training:", "% of 250 steps", "/s  ETA", "--env Corridor-v0 --data Corridor-v0"):

@@ -5,9 +5,7 @@ middle is 0); starts lie within 0.25 of a cell's centre, at rest and not at the 
 within 0.25 of a cell's centre. A goal counts within D4RL's radius of 0.5, PointMaze's own is 0.45.
 """
 
-import datetime
 import shutil
-import time
 import warnings
 from collections import deque
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 from gymnasium.spaces import Dict
 
 from ractd import UserError
+from reproduce.common import progress
 
 # name -> gymnasium id, fixed goal's cell (row, column), returns that are D4RL's scores 0 and 100
 MAZES = {
@@ -24,7 +23,8 @@ MAZES = {
     "medium": ("PointMaze_Medium-v3", (6, 6), 13.13, 277.39),
     "large": ("PointMaze_Large-v3", (7, 9), 6.7, 273.99),
 }
-GOAL_RADIUS, WAYPOINT_RADIUS = 0.5, 0.1  # D4RL's
+GOAL_RADIUS = 0.5  # D4RL's
+WAYPOINT_RADIUS = 0.1  # D4RL's
 
 
 def make_simulator(name):
@@ -36,7 +36,7 @@ def make_simulator(name):
         gymnasium.register_envs(gymnasium_robotics)
         env = gymnasium.make(MAZES[name][0], continuing_task=True, reset_target=False)
     except (ImportError, gymnasium.error.Error) as error:
-        command = "pip install gymnasium-robotics==1.4.2 mujoco==3.8.0"
+        command = "pip install -r reproduce/requirements.txt"
         raise UserError(f"the mazes cannot be simulated ({error}): {command}") from None
     Path(env.unwrapped.tmp_xml_file_path).unlink(missing_ok=True)  # the library leaves it for ever
     return env
@@ -47,8 +47,9 @@ class Maze:
 
     def __init__(self, name):
         if name not in MAZES:
-            raise UserError(f"--maze {name} is unknown; there are {', '.join(MAZES)}")
-        self.name, self.goal_cell = name, MAZES[name][1]
+            raise UserError(f"maze {name} is unknown; there are {', '.join(MAZES)}")
+        self.name = name
+        self.goal_cell = MAZES[name][1]
         simulator = make_simulator(name)
         self.steps = simulator.spec.max_episode_steps
         self.walls = np.array(simulator.unwrapped.maze.maze_map) == 1  # (rows, columns)
@@ -75,15 +76,13 @@ class Maze:
 
     def routes_to(self, goal):
         """{cell: the next one on a shortest path to the cell `goal`}, by breadth-first search."""
-        following, queue = {goal: goal}, deque([goal])
+        following = {goal: goal}
+        queue = deque([goal])
         while queue:
-            row, column = here = queue.popleft()
-            for cell in (
-                (row + 1, column),
-                (row, column + 1),
-                (row - 1, column),
-                (row, column - 1),
-            ):
+            here = queue.popleft()
+            row, column = here
+            for down, right in ((1, 0), (0, 1), (-1, 0), (0, -1)):
+                cell = (row + down, column + right)
                 if not self.walls[cell] and cell not in following:
                     following[cell] = here
                     queue.append(cell)
@@ -133,12 +132,15 @@ class Controller:
     """D4RL's: from cell to cell along a shortest path, by a PD rule towards the next centre."""
 
     def __init__(self, maze, position, goal):
-        self.maze, self.goal, self.last = maze, goal, maze.cell(goal)
+        self.maze = maze
+        self.goal = goal
+        self.last = maze.cell(goal)
         self.next = maze.routes[self.last][maze.cell(position)]
 
     def __call__(self, observation):
         """Observation, x, y and velocities first -> action (2,)."""
-        position, velocity = observation[:2], observation[2:4]
+        position = observation[:2]
+        velocity = observation[2:4]
         waypoint = self.goal if self.next == self.last else self.maze.center(self.next)
         if self.next != self.last and np.linalg.norm(waypoint - position) < WAYPOINT_RADIUS:
             self.next = self.maze.routes[self.last][self.next]
@@ -149,7 +151,8 @@ class DataController:
     """The controller that made the data, in `ractd.evaluate`, as `OpenLoop`; it knows the map."""
 
     def __init__(self, maze):
-        self.maze, self.controllers = maze, None
+        self.maze = maze
+        self.controllers = None
 
     def __call__(self, observations, generators):
         if self.controllers is None:
@@ -165,13 +168,18 @@ class OpenLoop:
     """
 
     def __init__(self, planner, replan=0):
-        self.planner, self.replan, self.step = planner, replan, 0
-        self.first, self.driven = None, []  # for the picture
+        self.planner = planner
+        self.replan = replan
+        self.step = 0
+        self.first = None  # plans, for the picture
+        self.driven = []  # positions, for the picture
 
     def __call__(self, observations, generators):
         if self.step == 0 or self.replan and self.step % self.replan == 0:
-            self.plans, self.planned = self.planner(observations, generators), self.step
-            self.first = self.plans if self.first is None else self.first
+            self.plans = self.planner(observations, generators)
+            self.planned = self.step
+            if self.first is None:
+                self.first = self.plans
         self.driven.append(observations[:, :2])
         i = self.step + 1 - self.planned
         self.step += 1
@@ -185,7 +193,8 @@ class OpenLoop:
 
 def plan_faults(maze, plans):
     """Of plans (n, H, 4): the share that crosses a wall, and the longest step of each plan."""
-    here, there = plans[:, :-1, None, :2], plans[:, 1:, None, :2]
+    here = plans[:, :-1, None, :2]
+    there = plans[:, 1:, None, :2]
     # also between the states, where a step may cut a corner
     between = here + (there - here) * np.linspace(0, 1, 6)[:, None]
     steps = np.linalg.norm(there - here, axis=3).max((1, 2))
@@ -201,16 +210,20 @@ def record(maze, steps, noise=0.0, seed=0):
     """
     from minari.data_collector import EpisodeBuffer
 
-    rng, simulator = np.random.default_rng(seed), make_simulator(maze.name).unwrapped
+    rng = np.random.default_rng(seed)
+    simulator = make_simulator(maze.name).unwrapped
     observation, _ = simulator.reset(seed=seed)
-    episodes, done, began = [], 0, time.monotonic()
-    told = began
+    episodes = []
+    done = 0
+    tell = progress(maze.name, steps, "rows")
     while done < steps:
         goal = maze.center(maze.cells[rng.integers(len(maze.cells))]) + rng.uniform(-0.1, 0.1, 2)
         set_goal(simulator, goal)
         controller = Controller(maze, observation["achieved_goal"], goal)
         observation = observation | {"desired_goal": goal}
-        observations, actions, rewards = [observation], [], []
+        observations = [observation]
+        actions = []
+        rewards = []
         while len(actions) < min(maze.steps, steps - done):
             action = controller(observation["observation"]) + noise * rng.normal(size=2)
             actions.append(np.clip(action, -1, 1).astype(np.float32))
@@ -222,18 +235,16 @@ def record(maze, steps, noise=0.0, seed=0):
                 break
         done += len(actions)
         ends = np.arange(1, len(actions) + 1) == len(actions)
-        columns = {key: np.stack([x[key] for x in observations]) for key in observation}
-        buffer = {"observations": columns, "actions": np.stack(actions), "rewards": rewards}
-        buffer |= {"terminations": np.zeros_like(ends), "truncations": ends}
-        episodes.append(EpisodeBuffer(id=len(episodes), **buffer))
-        now = time.monotonic()
-        if now - told > 10:
-            told, rate = now, done / (now - began)
-            left = datetime.timedelta(seconds=round((steps - done) / rate))
-            print(
-                f"{maze.name}: {done / steps:4.0%} of {steps:,} rows  {rate:.0f}/s  ETA {left}",
-                flush=True,
-            )
+        episode = EpisodeBuffer(
+            id=len(episodes),
+            observations={key: np.stack([x[key] for x in observations]) for key in observation},
+            actions=np.stack(actions),
+            rewards=rewards,
+            terminations=np.zeros_like(ends),
+            truncations=ends,
+        )
+        episodes.append(episode)
+        tell(done)
     return episodes
 
 
@@ -262,18 +273,21 @@ def collect(maze, steps=1_000_000, noise=0.0, seed=0, dataset_id=None):
         raise UserError(f"--out {dataset_id}: must be a Minari id like maze2d/mine-v0") from None
     if exists(dataset_id):
         raise UserError(f"{dataset_id} exists: `minari delete {dataset_id}`, or give another --out")
-    episodes, folder = record(maze, steps, noise, seed), get_dataset_path(dataset_id)
+    episodes = record(maze, steps, noise, seed)
+    folder = get_dataset_path(dataset_id)
     shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
     print(f"{maze.name}: writing {len(episodes):,} episodes to {folder}", flush=True)
-    about = {"algorithm_name": "shortest path and PD controller, after D4RL's Maze2d"}
-    about["description"] = f"{steps:,} rows, action noise {noise}, seed {seed}"
     spec = make_simulator(maze.name).spec
+    about = {
+        "env": spec,
+        "eval_env": spec,
+        "algorithm_name": "shortest path and PD controller, after D4RL's Maze2d",
+        "description": f"{steps:,} rows, action noise {noise}, seed {seed}",
+    }
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # no author is needed: the set stays here
-            minari.create_dataset_from_buffers(
-                dataset_id, episodes, env=spec, eval_env=spec, **about
-            )
+            minari.create_dataset_from_buffers(dataset_id, episodes, **about)
     except BaseException:  # half a set is no set
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -1,0 +1,165 @@
+"""A trained student as one file that acts without this repository: ONNX, and torch's own format.
+
+    python -m reproduce.export --env hopper-medium-replay [--out FOLDER] [--nfe N]
+
+Reads <out>/student.pt (default: runs/<env>) and writes
+
+    <out>/policy.pt2    for torch:        torch.export.load("policy.pt2").module()
+    <out>/policy.onnx   for onnxruntime:  onnxruntime.InferenceSession("policy.onnx")
+
+Both are the function (observation, noise) -> plan, with the normaliser, the network calls and the
+action box inside:
+
+    observation   (B, O) float32, in the environment's units
+    noise         (B, H, A) float32, standard normal; with N calls (B, N H, A)
+    plan          (B, H, A) float32, in the environment's units; plan[:, 0] is the action to take
+
+The batch size B is free. Neither takes a single observation (O,): give np.float32(observation)[None].
+The ONNX file is checked against the policy before it is written.
+"""
+
+import io
+import logging
+import sys
+import warnings
+
+import numpy as np
+import torch
+from torch import nn
+
+import ractd
+from reproduce.common import make_parser, run_command
+
+TOLERANCE = 1e-5  # of a plan in raw units, or of its largest value where that is more than 1
+BATCH_SIZES = (1, 2, 5, 64)  # of the check
+
+
+class Deployed(nn.Module):
+    """A Policy as a function of observations and noise alone, without callables or randomness."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.policy = policy.eval()
+        horizon, action_dim = policy.shape
+        self.noise_shape = (policy.calls * horizon, action_dim)
+
+    def forward(self, observation, noise):
+        """observation (B, O), noise (B, calls * H, A), N(0, 1) -> plan (B, H, A), raw units."""
+        # a copy, so that a program of torch.export takes float64, too
+        observation = noise.new_empty(observation.shape).copy_(observation)
+        of_calls = iter(noise.split(self.policy.shape[0], dim=1))
+        return self.policy(observation, lambda x: next(of_calls))
+
+    def inputs(self, batch):
+        """Random inputs (observation, noise) in the range of the data."""
+        table = self.policy.obs_table
+        observation = ractd.decode(2 * torch.rand(batch, table.shape[1]) - 1, table)
+        return observation, torch.randn(batch, *self.noise_shape)
+
+
+def to_program(deployed):
+    """A Deployed as torch.export's program with a free batch size."""
+    batch = torch.export.Dim("batch")
+    return torch.export.export(
+        deployed, deployed.inputs(2), dynamic_shapes=({0: batch}, {0: batch})
+    )
+
+
+def to_onnx(program):
+    """A program of `to_program` as the bytes of an ONNX file; ImportError without the packages."""
+    import onnxscript  # noqa: F401  torch's exporter needs it and would say so at length
+
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # no word on torchvision
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        made = torch.onnx.export(
+            program,
+            input_names=["observation", "noise"],
+            output_names=["plan"],
+            external_data=False,
+            verbose=False,
+        )
+    return made.model_proto.SerializeToString()
+
+
+def onnx_session(onnx):
+    """onnxruntime's session of an ONNX file's bytes, in as many threads as torch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(onnx, options)
+
+
+def call_onnx(session, observation, noise):
+    """Arrays observation (B, O), noise (B, H, A), both float32 -> plan (B, H, A)."""
+    (plan,) = session.run(None, {"observation": observation, "noise": noise})
+    return plan
+
+
+def check_onnx(session, deployed):
+    """Raise UserError if the ONNX file's plans are not the policy's."""
+    for batch in BATCH_SIZES:
+        inputs = deployed.inputs(batch)
+        with torch.no_grad():
+            right = deployed(*inputs).numpy()
+        found = call_onnx(session, *(x.numpy() for x in inputs))
+        error = np.abs(found - right).max()
+        if not error <= TOLERANCE * max(1, np.abs(right).max()):
+            text = f"the plans of the ONNX file differ from the policy's by {error:.1e}"
+            raise ractd.UserError(f"{text} in a batch of {batch}; nothing is written")
+
+
+def export(run):
+    """Write both files of the run's student."""
+    saved = ractd.load_checkpoint(run.out / "student.pt", "student")
+    if run.env:
+        ractd.check_compatible(run.out / "student.pt", saved, {"env": run.env})
+    if saved["step"] < saved["steps"]:
+        print(f"the student is half trained: {saved['step']:,} of {saved['steps']:,} steps")
+    how = ractd.Config(nfe=run.config.nfe, temperature=saved["config"]["temperature"])
+    policy = ractd.Policy(saved, how)
+    deployed = Deployed(policy)
+    program = to_program(deployed)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    write(run.out / "policy.pt2", buffer.getvalue())
+    try:
+        onnx = to_onnx(program)
+        check_onnx(onnx_session(onnx), deployed)
+    except ImportError as error:
+        command = "pip install -r reproduce/requirements.txt"
+        raise ractd.UserError(f"ONNX needs more packages ({error}): {command}") from None
+    write(run.out / "policy.onnx", onnx)
+    print(
+        f"observation (B, {saved['dims'][0]}), noise (B, {', '.join(map(str, deployed.noise_shape))})"
+        f" -> plan (B, {policy.shape[0]}, {policy.shape[1]}), {policy.calls} network call(s)"
+    )
+
+
+def write(path, content):
+    """A file of these bytes, whole or not at all."""
+    with ractd.replacing(path) as f:
+        f.write(content)
+    print(f"{path}: {len(content) / 1e6:.1f} MB")
+
+
+def main(argv=None):
+    """The command line -> exit code, see `run_command`."""
+    parser = make_parser("export", __doc__)
+    parser.add_argument("--env", help="the run's; its folder is runs/<env>")
+    parser.add_argument("--out", help="the run's folder, in place of --env")
+    parser.add_argument("--nfe", type=int, help="network calls per plan (default: 1)")
+    # what else `ractd.prepare` wants to know
+    parser.set_defaults(command="evaluate", data="", device="cpu", preset="default")
+    run = parser.parse_args(argv)
+
+    def command():
+        ractd.prepare(run)
+        export(run)
+
+    return run_command("export.py", command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
