@@ -30,6 +30,7 @@ import datetime
 import functools
 import hashlib
 import http.client
+import io
 import itertools
 import json
 import math
@@ -700,9 +701,12 @@ def distillation_loss(
         prediction = denoise(student, x_t, t, state, t)  # g(x_t, t, t)
         dsm = dsm_loss(prediction, x0, t)
 
-    # Eq. 8: reward of the one-call plan G(x_T, T, 0), from the noise that the policy acts from
-    x_T = config.temperature * SIGMA_MAX * torch.randn_like(x0)
-    plan = jump(x_T, SIGMA_MAX, SIGMA_MIN)
+    # the one-call plan G(x_T, T, 0), from the noise that the policy acts from
+    if config.trajectories or (reward_model and config.reward_input == "plan"):
+        x_T = config.temperature * SIGMA_MAX * torch.randn_like(x0)
+        plan = jump(x_T, SIGMA_MAX, SIGMA_MIN)
+
+    # Eq. 8: reward
     reward = 0.0
     if reward_model:
         acts = plan if config.reward_input == "plan" else prediction
@@ -807,10 +811,6 @@ def make_network(stage, config, dims):
     if stage == "reward":
         return RewardModel(*dims, config.reward_actions, config.reward_networks)
     size = NETWORKS[config.network]
-    multiple = size["patch"] * 2 ** (len(size["channels"]) - 1)
-    if config.horizon % multiple:
-        way_out = f"must be a multiple of {multiple} with --network {config.network}"
-        raise UserError(f"--horizon {config.horizon}: {way_out}")
     return UNet1d(dims[1], dims[0], **size, student=stage == "student")
 
 
@@ -900,15 +900,16 @@ def load_checkpoint(path, stage, device="cpu"):
     """A checkpoint of that stage, or UserError saying what is wrong with the file."""
     if not Path(path).is_file():
         raise UserError(f"no trained {stage} at {path}: train it first, see `ractd.py --help`")
-    with open(path, "rb") as f:
-        try:  # torch.load does not look at the checksums
-            whole = zipfile.ZipFile(f).testzip() is None
-        except Exception:  # of many kinds, as any byte may be another
-            whole = False
+    content = io.BytesIO(Path(path).read_bytes())
+    try:  # torch.load does not look at the checksums
+        whole = zipfile.ZipFile(content).testzip() is None
+    except Exception:  # of many kinds, as any byte may be another
+        whole = False
     if not whole:
         raise UserError(f"{path} is damaged; delete it and give the same command again")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        content.seek(0)
+        checkpoint = torch.load(content, map_location=device, weights_only=True)
         version = checkpoint.get("format", 1)
     except Exception as error:  # no checkpoint, or no such device, no memory
         raise UserError(f"{path} cannot be loaded as a checkpoint ({error!r:.200})") from None
@@ -1064,7 +1065,7 @@ class Policy(nn.Module):
 
     def forward(self, observations, noise=torch.randn_like):
         """observations (B, O) -> plans (B, H, A); noise: callable, x -> fresh N(0, 1) like x."""
-        state = encode(observations, self.obs_table)
+        state = encode(observations.float(), self.obs_table)
         cool = lambda x: self.temperature * noise(x)
         x_T = SIGMA_MAX * cool(state.new_empty(state.shape[0], *self.shape))
         if self.student:
@@ -1436,8 +1437,14 @@ def make_config(run):
         check_range(field, value)
         values[field.name] = value
     config = Config(**values)
-    if config.reward_actions > config.horizon:
-        raise UserError(f"--reward-actions must not be more than --horizon, {config.horizon}")
+    if hasattr(run, "horizon"):
+        size = NETWORKS[config.network]
+        multiple = size["patch"] * 2 ** (len(size["channels"]) - 1)
+        if config.horizon % multiple:
+            way_out = f"must be a multiple of {multiple} with --network {config.network}"
+            raise UserError(f"--horizon {config.horizon}: {way_out}")
+        if config.reward_actions > config.horizon:
+            raise UserError(f"--reward-actions must not be more than --horizon, {config.horizon}")
     return config
 
 
@@ -1471,8 +1478,10 @@ def make_folder(out):
     for partial in out.glob("*.part"):
         try:
             os.kill(int(partial.suffixes[-2][1:]), 0)  # signal 0 asks whether a process lives
-        except (ValueError, IndexError, ProcessLookupError):
+        except ProcessLookupError:
             partial.unlink(missing_ok=True)
+        except (ValueError, IndexError, OverflowError, PermissionError):
+            continue  # none of this program's, or of another user's process
 
 
 def main(argv=None):
