@@ -2,14 +2,14 @@
 
 A diffusion planner that needs one network call per action, learnt from logged data alone:
 
-    data --> reward   R(s, a)     return-to-go of a state and the actions taken there     Eq. 8
-      `----> teacher  D(x, t)     EDM diffusion of the next H actions, given the state    Eq. 4
-    teacher, reward --> student  G(x, t, k)    CTM + DSM + reward losses               Eqs. 5-9
+    data --> reward   R(s, a)      return-to-go of a state and the actions taken there    Eq. 8
+    data --> teacher  D(x, t)      EDM diffusion of the next H actions, given the state   Eq. 4
+             (by default on windows that R weights: a "reward teacher")
+    teacher, reward --> student  G(x, t, k)     CTM + DSM + reward losses              Eqs. 5-9
     student --> one call per action, closed loop in MuJoCo, D4RL's normalised score
 
     python ractd.py distill --env hopper-medium-replay     all of it: minutes on two CPU cores
-    python ractd.py distill --env hopper-medium-replay --preset paper-losses     to the letter
-    python ractd.py data | teacher | reward | evaluate --env ...      --help tells their flags
+    python ractd.py --help                                 its steps one by one
 
 Notation
     t > u >= k   noise levels, one per sample (B,) or one float for all; i_t < i_u <= i_k their
@@ -18,8 +18,8 @@ Notation
     state        an observation (B, O), scaled to [-1, 1]; s_n in the paper
     D, g         denoisers of teacher and student, F the network in them; G the student's jump
 
-Sections 3 to 6 are the paper's method, in its order; they need torch and the constants of section 1
-alone. Section 7 holds all that the default adds to it. README.md has a table of both.
+Sections 3 to 6 are the paper's method, in its order, and need little more than torch; section 7
+holds what the default adds to it. README.md has a table of both.
 """
 
 import argparse
@@ -27,9 +27,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
-import functools
 import hashlib
-import http.client
 import io
 import itertools
 import json
@@ -39,7 +37,6 @@ import signal
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -84,6 +81,10 @@ def option(default, help, low=None, high=math.inf, choices=None):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+DENOISING = "Eqs. 4, 7: squared error, g(x_t, t, t); paper: pseudo-Huber, G(x_t, t, 0)"
+REWARD_INPUT = "R's input in Eq. 8: one-call plan, or Eq. 7's prediction at every noise level"
+
+
 @dataclasses.dataclass
 class Config:
     """Hyperparameters of training and acting; presets change some of the defaults."""
@@ -91,7 +92,7 @@ class Config:
     seed: int = option(0, "seed of all training", 0, 2**63 - 1)
     horizon: int = option(16, "H, c in the paper: the number of actions in a plan", 1, 1024)
     network: str = option("small", "size of the U-Net", choices=tuple(NETWORKS))
-    denoising: str = option("mean", "targets of Eqs. 4, 7: see dsm_loss", choices=("mean", "paper"))
+    denoising: str = option("mean", DENOISING, choices=("mean", "paper"))
     teacher_steps: int = option(4000, "gradient steps of the teacher", 1, 1e9)
     teacher_batch: int = option(256, "plans in one of its steps", 1, 100_000)
     teacher_lr: float = option(1e-3, "its peak learning rate", 1e-9, 1)
@@ -109,11 +110,9 @@ class Config:
     ctm_weight: float = option(1.0, "alpha of Eq. 9", 0, 1e6)
     dsm_weight: float = option(1.0, "beta of Eq. 9", 0, 1e6)
     reward_weight: float = option(1.0, "sigma of Eq. 9; 0 trains CTD", 0, 1e6)
-    reward_input: str = option(
-        "plan", "what R sees in Eq. 8: see reward_loss", choices=("plan", "dsm")
-    )
+    reward_input: str = option("plan", REWARD_INPUT, choices=("plan", "dsm"))
     trajectories: int = option(64, "teacher trajectories per student step, 0: none", 0, 100_000)
-    temperature: float = option(0.25, "scale of the noise that the student acts from", 0, 100)
+    temperature: float = option(0.25, "scale of the noise to act from", 0, 100)
     nfe: int = option(1, "network calls of the student per plan", 1, 80)
     teacher_points: int = option(20, "n: points of Heun's method, 2 n - 3 calls", 3, 9999)
     episodes: int = option(20, "number of evaluation episodes; 0: no evaluation", 0, 1e6)
@@ -128,19 +127,15 @@ STAGE_FIELDS = {
     "student": f"{BOTH} student_steps student_batch student_lr grid_points ctm_weight dsm_weight "
     "reward_weight reward_input trajectories temperature",
 }
-ACTING_FIELDS = "nfe teacher_points temperature episodes first_seed"
 
 # Eqs. 4 to 9 as the paper writes them, at the size of the default
 PAPER_LOSSES = {"denoising": "paper", "reward_teacher": False, "trajectories": 0}
 PAPER_LOSSES |= {"reward_actions": 1, "reward_networks": 1, "temperature": 1.0}
 # the published sizes, and as many steps as on hopper-medium-replay
-PAPER = (
-    PAPER_LOSSES
-    | {"network": "paper", "grid_points": 80}
-    | {"teacher_steps": 392_000, "teacher_batch": 1024, "teacher_lr": 1e-4}
-    | {"reward_steps": 314_000, "reward_batch": 64, "reward_lr": 2e-4}
-    | {"student_steps": 33_500, "student_batch": 4800, "student_lr": 1e-4}
-)
+PAPER = PAPER_LOSSES | {"network": "paper", "grid_points": 80}
+PAPER |= {"teacher_steps": 392_000, "teacher_batch": 1024, "teacher_lr": 1e-4}
+PAPER |= {"reward_steps": 314_000, "reward_batch": 64, "reward_lr": 2e-4}
+PAPER |= {"student_steps": 33_500, "student_batch": 4800, "student_lr": 1e-4}
 PRESETS = {"default": {}, "paper-losses": PAPER_LOSSES, "paper": PAPER}
 
 # ---- 2. Data: logged episodes -> windows of H actions, and returns-to-go -------------------------
@@ -166,7 +161,7 @@ class Dataset:
     def __init__(self, name, source, columns):
         self.name = name
         self.source = source
-        rows = len(columns[0]) if columns[0].ndim else 0
+        rows = columns[2].size
         for key, x in zip(self.KEYS, columns, strict=True):
             dims = 2 if key in ("observations", "actions") else 1
             if x.dtype.kind not in "fiub" or x.ndim != dims or len(x) != rows or not rows:
@@ -202,7 +197,27 @@ def load_dataset(env, data=""):
         return read_minari(data.removeprefix("minari:"))
     if data:
         return read_hdf5(Path(data), Path(data).name, "file, not D4RL's")
-    if path := fetch_d4rl(env):
+    # D4RL's file, downloaded if need be
+    folder = os.environ.get("D4RL_DATASET_DIR") or os.path.expanduser("~/.d4rl/datasets")
+    if folder.startswith("~"):
+        raise UserError("there is no home folder; set D4RL_DATASET_DIR, or give --data FILE")
+    path = Path(folder) / f"{env.replace('-', '_')}-v2.hdf5"
+    url = D4RL_URL + path.name
+    if not path.exists():
+        try:
+            with urllib.request.urlopen(url, timeout=20) as answer, replacing(path) as f:
+                length = int(answer.headers["Content-Length"] or 0)
+                print(f"downloading {url} to {folder}", flush=True)
+                while block := answer.read(2**24):
+                    f.write(block)
+                    print(f"{f.tell() / 1e6:.0f} of {length / 1e6:.0f} MB", flush=True)
+                if f.tell() < length:
+                    raise OSError(f"cut off after {f.tell():,} of {length:,} bytes")
+        except Exception as error:  # of the network, HTTP or the file system
+            if type(error) is not urllib.error.URLError:  # no network, in all its forms
+                raise UserError(f"{url} cannot be downloaded ({error}); give --data FILE") from None
+            print(f"{path.name} is not in {folder} and cannot be downloaded ({error.reason}).")
+    if path.exists():
         with open(path, "rb") as f:
             sha256 = hashlib.file_digest(f, "sha256").hexdigest()
         for version, known in D4RL_VERSIONS.items():
@@ -210,38 +225,12 @@ def load_dataset(env, data=""):
                 return read_hdf5(path, f"{env}-v2", f"D4RL, {version} version")
         print(f"{path} is of a version that this program does not know: SHA-256 {sha256}")
         return read_hdf5(path, f"{env}-v2", f"D4RL, version {sha256[:8]}")
+    # without a network
     if env != "hopper-medium-replay" or not BUNDLED.exists():
         recipe = f"make it by D4RL's recipe, python -m reproduce.collect --env {env}"
         raise UserError(f"no data for {env}: put the file there, or give --data FILE, or {recipe}")
     print(f"In its place: {BUNDLED.name}, of one SAC run: not comparable with the paper's.")
     return read_hdf5(BUNDLED, BUNDLED.name, "bundled, not D4RL's")
-
-
-def fetch_d4rl(env):
-    """Path of D4RL's file of `env`, downloaded if need be; None where there is no network."""
-    folder = os.environ.get("D4RL_DATASET_DIR") or os.path.expanduser("~/.d4rl/datasets")
-    if folder.startswith("~"):
-        raise UserError("there is no home folder; set D4RL_DATASET_DIR, or give --data FILE")
-    path = Path(folder) / f"{env.replace('-', '_')}-v2.hdf5"
-    if path.exists():
-        return path
-    url = D4RL_URL + path.name
-    try:
-        with urllib.request.urlopen(url, timeout=20) as answer, replacing(path) as f:
-            length = int(answer.headers["Content-Length"] or 0)
-            print(f"downloading {url} to {folder}", flush=True)
-            while block := answer.read(2**24):
-                f.write(block)
-                print(f"{f.tell() / 1e6:.0f} of {length / 1e6:.0f} MB", flush=True)
-            if f.tell() < length:
-                raise OSError(f"cut off after {f.tell():,} of {length:,} bytes")
-        return path
-    except (OSError, http.client.HTTPException) as error:
-        if type(error) is urllib.error.URLError:  # no network, in all its forms
-            print(f"{path.name} is not in {folder} and cannot be downloaded ({error.reason}).")
-            return None
-        what = f"{url} cannot be downloaded to {folder} ({error})"
-        raise UserError(f"{what}; try again, or give --data FILE") from None
 
 
 def read_hdf5(path, name, source):
@@ -252,17 +241,19 @@ def read_hdf5(path, name, source):
         raise UserError(f"{path} is missing")
     try:
         with h5py.File(path) as f:
-            keys = list(itertools.islice(f, 9))
+            keys = list(itertools.islice(f, 8))
             found = {key: f.get(key) for key in Dataset.KEYS}
             arrays = {key: x[()] for key, x in found.items() if isinstance(x, h5py.Dataset)}
     except Exception as error:  # of h5py, numpy or the file system
         raise UserError(f"{path} cannot be read as HDF5 ({error})") from None
     if missing := [key for key in Dataset.KEYS if key not in arrays]:
-        shown = ", ".join(keys[:8]) + ", ..." * (len(keys) > 8)
-        layouts = {"data": "robomimic's", "episode_0": "Minari's: give minari:ID"}
-        hints = [f"; the layout is {text}" for key, text in layouts.items() if key in keys]
+        hint = ""
+        if "data" in keys:
+            hint = "; the layout is robomimic's"
+        if "episode_0" in keys:
+            hint = "; the layout is Minari's: give minari:ID"
         lacks = f"lacks the arrays {', '.join(missing)} of D4RL's layout"
-        raise UserError(f"{path} {lacks}; it has {shown or 'nothing'}{''.join(hints)}")
+        raise UserError(f"{path} {lacks}; it has {', '.join(keys) or 'nothing'}{hint}")
     return Dataset(name, source, [np.asarray(x) for x in arrays.values()])
 
 
@@ -270,18 +261,18 @@ def read_minari(dataset_id):
     """A Minari dataset, observations by `flat`, Box actions: local, or by Minari's download."""
     import minari
 
-    keys = ("observations", "actions", "rewards", "terminations", "truncations")
+    rows = []
     try:
         missing = dataset_id not in minari.list_local_datasets()
-        episodes = list(minari.load_dataset(dataset_id, download=missing).iterate_episodes())
-        # an episode has one observation more than actions: the last one, on which nobody acted
-        columns = [[getattr(e, key) for e in episodes] for key in keys]
-        columns[0] = [flat(x, len(e) + 1)[:-1] for x, e in zip(columns[0], episodes, strict=True)]
-        columns = [np.concatenate(column) for column in columns]
+        for e in minari.load_dataset(dataset_id, download=missing).iterate_episodes():
+            # there is one observation more than actions: the last one, on which nobody acted
+            observations = flat(e.observations, len(e) + 1)[:-1]
+            e.truncations[-1] = True  # also where it was cut off
+            rows.append((observations, e.actions, e.rewards, e.terminations, e.truncations))
+        columns = [np.concatenate([row[i] for row in rows]) for i in range(5)]
     except Exception as error:  # whatever a network library raises, too
         hint = "Box spaces? network? pip install 'minari[hf,gcs]'?"
         raise UserError(f"minari:{dataset_id} cannot be read ({error!r}); {hint}") from error
-    columns[4][np.cumsum([len(e) for e in episodes]) - 1] = True  # also where it was cut off
     return Dataset(dataset_id, "minari, not D4RL's", columns)
 
 
@@ -335,19 +326,20 @@ class Batches:
     """A dataset as normalised tensors on the device, where batches are drawn."""
 
     def __init__(self, dataset, horizon=16, gamma=0.99, device="cpu"):
-        begins, ends = dataset.begins, dataset.ends
-        go = returns_to_go(dataset.rewards, begins, ends, dataset.terminated, gamma)
+        go = returns_to_go(dataset.rewards, dataset.begins, dataset.ends, dataset.terminated, gamma)
         raw = {"obs": dataset.observations, "action": dataset.actions, "return": go[:, None]}
         raw = {name: torch.tensor(x, dtype=torch.float32, device=device) for name, x in raw.items()}
         self.normalizer = {name: fit_range(x) for name, x in raw.items()}
-        self.obs = encode(raw["obs"], self.normalizer["obs"])  # (N, O)
-        self.actions = encode(raw["action"], self.normalizer["action"])  # (N, A)
-        self.returns_to_go = encode(raw["return"], self.normalizer["return"]).squeeze(1)  # (N,)
+        scaled = {name: encode(x, self.normalizer[name]) for name, x in raw.items()}
+        self.obs = scaled["obs"]  # (N, O)
+        self.actions = scaled["action"]  # (N, A)
+        self.returns_to_go = scaled["return"].squeeze(1)  # (N,)
+        lengths = dataset.ends - dataset.begins + 1
         # the last row of each row's episode, (N,)
-        self.lasts = torch.tensor(np.repeat(ends, ends - begins + 1), device=device)
+        self.lasts = torch.tensor(np.repeat(dataset.ends, lengths), device=device)
         self.horizon = horizon
-        self.dims = [dataset.observations.shape[1], dataset.actions.shape[1]]
-        self.padded = int(np.minimum(ends - begins + 1, horizon - 1).sum())  # windows
+        self.dims = [self.obs.shape[1], self.actions.shape[1]]
+        self.padded = int(np.minimum(lengths, horizon - 1).sum())  # windows
 
     def rows(self, rows, actions):
         """States (B, O) of rows (B,), the actions (B, actions, A) from there."""
@@ -356,10 +348,7 @@ class Batches:
         return self.obs[rows], self.actions[torch.minimum(chunk, self.lasts[rows, None])]
 
     def windows(self, batch, sums=None):
-        """Random windows: state (B, O), plan x0 (B, H, A).
-
-        sums (N,) float64: cumulative sum of the weights by which rows are drawn; None: alike.
-        """
+        """Windows: state (B, O), plan x0 (B, H, A); sums (N,): rows' cumulative weights or None."""
         if sums is None:
             drawn = torch.randint(len(self.obs), (batch,), device=self.obs.device)
         else:
@@ -538,7 +527,8 @@ def heun_step(denoiser, x, t, u, smin=SIGMA_MIN):
     slope = (x - denoiser(x, t)) / expand(t)  # dx/dt
     euler = x + expand(u - t) * slope
     slope_u = (euler - denoiser(euler, u)) / expand(u)
-    return euler + expand(0.5 * (u - t) * (u > smin)) * (slope_u - slope)
+    second_order = u > smin
+    return euler + expand(0.5 * (u - t) * second_order) * (slope_u - slope)
 
 
 @torch.no_grad()
@@ -562,7 +552,7 @@ def squared(a, b):
 def pseudo_huber(a, b, c=0.00054):
     """sqrt(||a - b||^2 + dim c^2) - sqrt(dim) c: (B, ...) -> (B,) (Song, Dhariwal 2023).
 
-    Its minimiser is the median. (Released: sqrt(e^4 + c^2) - c per element, nearly `squared`.)
+    Its minimiser is the geometric median. (Released: sqrt(e^4 + c^2) - c per element, about e^2.)
     """
     error = (a - b).flatten(1)
     c = c * math.sqrt(error.shape[1])
@@ -657,8 +647,8 @@ def dsm_loss(prediction, x0, t, distance=squared):
     """Eq. 7: w(t) d(x0, prediction of x0 from x_t), mean over the batch -> scalar.
 
     prediction (B, H, A): --denoising mean: g(x_t, t, t), the student as a denoiser, as in Kim et
-    al. 2024, with the squared error in Eqs. 4 and 7; paper: G(x_t, t, 0), Eq. 7 to the letter,
-    which asks an ODE path's end to be a mean or, with the pseudo-Huber distance, a median.
+    al. 2024, with the squared error in Eqs. 4 and 7; paper: G(x_t, t, 0), Eq. 7 to the letter, with
+    the pseudo-Huber distance. That asks the end of one ODE path, Eq. 5's, to be a mean or a median.
     """
     return (edm_weight(t) * distance(prediction, x0)).mean()
 
@@ -668,7 +658,7 @@ def reward_loss(reward_model, state, plan):
 
     reward_model: callable (state (B, S), plan (B, H, A)) -> (B,). --reward-input plan: the
     student's one-call plan, as the paper's text has it; dsm: its prediction in Eq. 7, at every
-    noise level, as released. Clipped to the action box, as R has seen nothing outside it.
+    noise level, as released. Clipped to [-1, 1], the range of the data, as R has seen no other.
     """
     return -reward_model(state, plan.clamp(-1, 1)).mean()
 
@@ -687,7 +677,8 @@ def distillation_loss(
     denoiser = lambda x, t: denoise(teacher, x, t, state)
 
     # Eqs. 5 and 6: CTM
-    t, u, k = draw_jumps(len(x0), karras_sigmas(config.grid_points, device=x0.device).to(x0))
+    sigmas = karras_sigmas(config.grid_points).to(x0)
+    t, u, k = draw_jumps(len(x0), sigmas)
     x_t = x0 + expand(t) * torch.randn_like(x0)
     ctm = ctm_loss(jump, frozen_jump, denoiser, x_t, t, u, k, distance=distance)
 
@@ -698,7 +689,7 @@ def distillation_loss(
         prediction = jump(x_t, t, torch.full_like(t, SIGMA_MIN))  # G(x_t, t, 0)
         dsm = dsm_loss(prediction, x0, t, pseudo_huber)
     else:
-        prediction = denoise(student, x_t, t, state, t)  # g(x_t, t, t)
+        prediction = denoise(student, x_t, t, state, k=t)  # g(x_t, t, t)
         dsm = dsm_loss(prediction, x0, t)
 
     # the one-call plan G(x_T, T, 0), from the noise that the policy acts from
@@ -715,9 +706,9 @@ def distillation_loss(
     # not in the paper: Eq. 5 for u = k = 0, on the first of these plans, see section 7
     path = 0.0
     if config.trajectories:
-        n = config.trajectories
-        of_first = lambda x, t: denoise(teacher, x, t, state[:n])
-        path = trajectory_loss(plan[:n], x_T[:n], of_first, distance=distance)
+        first = slice(config.trajectories)
+        denoiser = lambda x, t: denoise(teacher, x, t, state[first])
+        path = trajectory_loss(plan[first], x_T[first], denoiser, distance=distance)
 
     # Eq. 9
     loss = config.ctm_weight * (ctm + path) + config.dsm_weight * dsm
@@ -742,7 +733,7 @@ def student_sample(jump, x_T, sigmas, nfe=1, noise=torch.randn_like):
 
 
 # ---- 7. Beyond the paper: advantage weights for the teacher, trajectories for the student --------
-# Undone by --no-reward-teacher and --trajectories 0. The rest of what the default adds are settings:
+# Undone by --no-reward-teacher and --trajectories 0. What else the default adds are settings:
 # --reward-networks, --reward-actions, --temperature, --denoising; README.md says why.
 
 ADVANTAGE_SCALE = 40.0  # of returns-to-go that are scaled to [-1, 1]; one for all data
@@ -752,8 +743,8 @@ def advantage_weight(reward, value, scale=ADVANTAGE_SCALE, cap=5.0):
     """exp(scale (R - V)), at most exp(cap): the weight of a plan x0 in state s (AWR; IQL).
 
     reward, value (B,): R(s, x0) and V(s) = log E[exp(scale R) | s] / scale -> (B,), mean 1 in each
-    state. But for the cap, plans drawn so have the density p(x0 | s) exp(scale R) / Z(s), that with
-    the largest E[R] - KL(. || p) / scale; Eqs. 4 to 7 learn it as they are: a "reward teacher" of
+    state. But for the cap, plans drawn so have the density p(x0 | s) exp(scale R) / Z(s), the q of
+    the largest E_q[R] - KL(q || p) / scale; Eqs. 4 to 7 learn it as they are: a "reward teacher" of
     the paper's Table 5, without a gradient through R, which is wrong outside the data.
     """
     return (scale * (reward - value)).clamp(max=cap).exp()
@@ -876,6 +867,8 @@ def replacing(path):
         with open(partial, "wb") as f:
             yield f
         os.replace(partial, path)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise UserError(f"{path} cannot be written ({error}); is the disk full?") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -886,25 +879,14 @@ def write_log(path, log):
         f.writelines((json.dumps(row) + "\n").encode() for row in log)
 
 
-def save_checkpoint(path, checkpoint):
-    """Write a checkpoint, whole or not at all, and its log."""
-    try:
-        with replacing(path) as f:
-            torch.save(checkpoint, f)
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise UserError(f"{path} cannot be written ({error}); is the disk full?") from None
-    write_log(path, checkpoint["log"])
-
-
 def load_checkpoint(path, stage, device="cpu"):
     """A checkpoint of that stage, or UserError saying what is wrong with the file."""
     if not Path(path).is_file():
         raise UserError(f"no trained {stage} at {path}: train it first, see `ractd.py --help`")
     content = io.BytesIO(Path(path).read_bytes())
-    try:  # torch.load does not look at the checksums
-        whole = zipfile.ZipFile(content).testzip() is None
-    except Exception:  # of many kinds, as any byte may be another
-        whole = False
+    whole = False
+    with contextlib.suppress(Exception):  # of many kinds, as any byte may be another
+        whole = zipfile.ZipFile(content).testzip() is None  # torch.load checks no checksums
     if not whole:
         raise UserError(f"{path} is damaged; delete it and give the same command again")
     try:
@@ -948,15 +930,12 @@ def mean_of(infos, stage, step):
 def stop_signals():
     """A list that gets Ctrl-C and SIGTERM, which else would end a step halfway."""
     received = []
-    asked = (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        asked = ()  # handlers belong to the main thread
-    handlers = [signal.signal(number, lambda n, _: received.append(n)) for number in asked]
-    try:
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():  # handlers belong to it
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.signal(number, lambda n, _: received.append(n))
+                stack.callback(signal.signal, number, handler)
         yield received
-    finally:
-        for number, handler in zip(asked, handlers, strict=True):
-            signal.signal(number, handler)
 
 
 def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_decay=None):
@@ -984,21 +963,22 @@ def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_de
         print(f"{stage}: goes on from step {state['step']:,} of {steps:,}")
 
     step = state["step"]
-    warmup = max(1, steps // 20)
+    twentieth = max(1, steps // 20)  # steps of the warm-up, and between two lines
     infos = []  # since the last line
     logged_at = saved_at = time.monotonic()
     with stop_signals() as signals:
         while step < steps:
             # linear warm-up, then half a cosine; the released rule of the average
-            cosine = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))
-            optimizer.param_groups[0]["lr"] = lr * min((step + 1) / warmup, cosine)
+            angle = math.pi * max(0, step - twentieth) / max(1, steps - twentieth)
+            cosine = 0.5 + 0.5 * math.cos(angle)
+            optimizer.param_groups[0]["lr"] = lr * min((step + 1) / twentieth, cosine)
             decay = min(0.9999, 1 - (1 + step) ** -0.75) if target_decay is None else target_decay
             infos.append(train_step(net, average, optimizer, loss_fn, decay))
             step += 1
 
             # tell
             now = time.monotonic()
-            if step == steps or not state["log"] or step % max(1, steps // 20) == 0:
+            if step == steps or not state["log"] or step % twentieth == 0:
                 means = mean_of(infos, stage, step)
                 speed = len(infos) / (now - logged_at)
                 eta = datetime.timedelta(seconds=round((steps - step) / speed))
@@ -1016,7 +996,9 @@ def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_de
                 state |= {"step": step, "seconds": state["seconds"] + now - saved_at}
                 state |= {name: part.state_dict() for name, part in parts.items()}
                 state |= {"rng": torch.get_rng_state(), "stage": stage, "format": FORMAT}
-                save_checkpoint(path, meta | state)
+                with replacing(path) as f:
+                    torch.save(meta | state, f)
+                write_log(path, state["log"])
                 saved_at = now
             if signals:
                 print(f"{stage}: stopped at step {step:,}, saved; the same command goes on")
@@ -1051,16 +1033,15 @@ class Policy(nn.Module):
     @torch.inference_mode()  # a sixth faster at batch 1 than no_grad
     def act(self, observations, generators):
         """`forward` in numpy, the noise of each row from its own numpy Generator."""
-        observations = np.asarray(observations, np.float32)
+        observations = torch.tensor(observations, dtype=torch.float32, device=self.box.device)
         sizes = (len(generators), self.obs_table.shape[1])
         if observations.shape != sizes:
-            raise UserError(f"observations have shape {observations.shape}, not {sizes}")
+            raise UserError(f"observations have shape {tuple(observations.shape)}, not {sizes}")
 
         def noise(x):
             rows = [generator.standard_normal(self.shape, np.float32) for generator in generators]
             return torch.from_numpy(np.stack(rows)).to(x.device)
 
-        observations = torch.from_numpy(observations).to(self.box.device)
         return self(observations, noise).cpu().numpy()
 
     def forward(self, observations, noise=torch.randn_like):
@@ -1074,8 +1055,7 @@ class Policy(nn.Module):
         else:
             denoiser = lambda x, t: denoise(self.net, x, t, state)
             x = heun_sample(denoiser, x_T, self.sigmas)
-        low, high = self.box
-        return decode(x.clamp(-1, 1), self.action_table).clamp(low, high)
+        return decode(x.clamp(-1, 1), self.action_table).clamp(*self.box)
 
 
 def simulator(env, data):
@@ -1085,56 +1065,49 @@ def simulator(env, data):
     of its own an episode ends after as many steps as the longest of the data, at least 1000.
     """
     import gymnasium
+    from gymnasium.envs.registration import load_env_creator
     from gymnasium.spaces import Box, Dict
-    from gymnasium.wrappers import TimeLimit, TransformObservation
 
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # no advice to leave the -v4 tasks
+    spec = ENVS.get(env, (env,))[0]
+    named = []  # what a set names may come from anywhere: call nothing that is not of these classes
     try:
-        make = functools.partial(gymnasium.make, ENVS.get(env, (env,))[0])
         if data["source"].startswith("minari"):
-            make = minari_simulator(data["name"]) or make
-        one = make()
+            import minari
+
+            stored = minari.load_dataset(data["name"])
+            spec = stored._eval_env_spec or stored.env_spec or spec  # the first has no public name
+        if not isinstance(spec, str):
+            named = [(x.entry_point, gymnasium.Wrapper) for x in spec.additional_wrappers]
+            named.append((spec.entry_point, gymnasium.Env))
+        for name, kind in named:
+            found = load_env_creator(name) if isinstance(name, str) else name
+            if not (isinstance(found, type) and issubclass(found, kind)):
+                raise TypeError(f"its data name {name}, no {kind.__name__} of gymnasium")
+        one = gymnasium.make(spec)
         one.close()
-    except UserError:
-        raise
     except Exception as error:  # of whatever package the environment is from
         raise UserError(f"the environment of {env} cannot be made ({error})") from None
 
     def vector(space):
         return all(map(vector, space.values())) if isinstance(space, Dict) else type(space) is Box
 
-    for name, space in (("actions", one.action_space), ("observations", one.observation_space)):
-        if not vector(space) or (name == "actions" and type(space) is not Box):
-            raise UserError(f"{env}: {name} are {space}, no vector of numbers (Box)")
-    cap = max(1000, data["longest"])
-    limited = one.spec and one.spec.max_episode_steps
-    if not limited:
+    if type(one.action_space) is not Box:
+        raise UserError(f"{env}: actions are {one.action_space}, no vector of numbers (Box)")
+    if not vector(one.observation_space):
+        what = f"observations are {one.observation_space}"
+        raise UserError(f"{env}: {what}, no vector of numbers (Box)")
+    limit = {}
+    if not (one.spec and one.spec.max_episode_steps):
+        cap = max(1000, data["longest"])
+        limit["max_episode_steps"] = cap
         print(f"{env} has no time limit: an episode ends after {cap:,} steps")
 
-    def make_flat(**options):
-        made = make(**options) if limited else TimeLimit(make(**options), cap)
-        return TransformObservation(made, lambda x: flat(x, 1)[0], None)
+    def make(**options):
+        made = gymnasium.make(spec, **limit, **options)
+        return gymnasium.wrappers.TransformObservation(made, lambda x: flat(x, 1)[0], None)
 
-    return make_flat
-
-
-def minari_simulator(dataset_id):
-    """A callable that makes the simulator that a Minari set names, None if it names none."""
-    import gymnasium
-    import minari
-    from gymnasium.envs.registration import load_env_creator
-
-    stored = minari.load_dataset(dataset_id)
-    spec = stored._eval_env_spec or stored.env_spec  # the first has no public name
-    if spec is None:
-        return None
-    # a set may come from anywhere: call nothing that is not of these classes
-    wanted = [(wrapper.entry_point, gymnasium.Wrapper) for wrapper in spec.additional_wrappers]
-    for name, kind in [(spec.entry_point, gymnasium.Env), *wanted]:
-        found = load_env_creator(name) if isinstance(name, str) else name
-        if not (isinstance(found, type) and issubclass(found, kind)):
-            raise UserError(f"minari:{dataset_id} names {name}, no {kind.__name__} of gymnasium")
-    return functools.partial(gymnasium.make, spec)
+    return make
 
 
 def evaluate(act, make_env, episodes=20, first_seed=0):
@@ -1194,37 +1167,39 @@ def evaluate_and_report(checkpoint, config, out, device="cpu"):
     env = checkpoint["env"]
     data = checkpoint["dataset"]
     n = config.episodes
+    first = config.first_seed
     policy = Policy(checkpoint, config, device)
     method = method_name(checkpoint)
     print(f"evaluation: {n} episodes, {policy.calls} network call(s) per plan", flush=True)
-    result = evaluate(policy.act, simulator(env, data), n, config.first_seed)
+    result = evaluate(policy.act, simulator(env, data), n, first)
 
     print(f"\n{env} on {data['name']} ({data['source']})")
-    print(f"{f'{n} episodes from seed {config.first_seed}':<32}   return    score  std. err.")
-    rows = {
-        "data, best episode": [data["return_best"]],
-        "data, mean episode": [data["return_mean"]],
-        f"{method}, {policy.calls} call(s)": result["returns"],
-    }
-    for label, returns in rows.items():
-        mean = float(np.mean(returns))
-        scores = normalized_score(env, np.array(returns), data)
-        sem = float(scores.std(ddof=1) / math.sqrt(n)) if len(returns) > 1 else math.nan
-        shown = f"{sem:11.1f}" if len(returns) > 1 else ""
-        print(f"{label:<32}{mean:9.5g}{scores.mean():9.1f}{shown}")
+    print(f"{f'{n} episodes from seed {first}':<32}   return    score  std. err.")
+    for which in ("best", "mean"):
+        value = data[f"return_{which}"]
+        score = normalized_score(env, value, data)
+        print(f"{f'data, {which} episode':<32}{value:9.5g}{score:9.1f}")
+    mean = float(np.mean(result["returns"]))
+    scores = normalized_score(env, np.array(result["returns"]), data)
+    score = float(scores.mean())
+    sem = math.nan
+    shown = ""
+    if n > 1:
+        sem = float(scores.std(ddof=1) / math.sqrt(n))
+        shown = f"{sem:11.1f}"
+    print(f"{f'{method}, {policy.calls} call(s)':<32}{mean:9.5g}{score:9.1f}{shown}")
 
     metrics = {"env": env, "dataset": data, "method": method, "weights": weights_id(checkpoint)}
     metrics |= {"calls": policy.calls, "temperature": config.temperature}
-    metrics |= {"episodes": n, "first_seed": config.first_seed}
-    numbers = {"return_mean": mean, "score_mean": float(scores.mean()), "score_sem": sem}
+    metrics |= {"episodes": n, "first_seed": first}
+    numbers = {"return_mean": mean, "score_mean": score, "score_sem": sem}
     metrics |= {name: x if math.isfinite(x) else None for name, x in numbers.items()} | result
-    first = config.first_seed
     who = f"{method.replace(', ', '-').replace(' ', '-')}_{metrics['weights']}"
     how = f"calls{policy.calls}_T{config.temperature}_seeds{first}-{first + n - 1}"
-    name = f"score_{who}_{how}.json"
-    with replacing(out / name) as f:
+    path = out / f"score_{who}_{how}.json"
+    with replacing(path) as f:
         f.write(json.dumps(metrics, indent=2).encode())
-    print(f"All numbers: {out / name}")
+    print(f"All numbers: {path}")
     return metrics
 
 
@@ -1238,10 +1213,7 @@ def weights_id(checkpoint):
 
 
 def load_data(run, needs_simulator=True, kind=Batches):
-    """The data of a run -> (batches of a kind, meta: what checkpoints record), or UserError.
-
-    Actions outside the simulator's box are clipped to it, as they were on their way there.
-    """
+    """The data of a run -> (batches of a kind, meta: what checkpoints record), or UserError."""
     dataset = load_dataset(run.env, run.data)
     dims = [dataset.observations.shape[1], dataset.actions.shape[1]]
     meta = {"env": run.env, "dataset": dataset.summary(), "dims": dims}
@@ -1252,7 +1224,7 @@ def load_data(run, needs_simulator=True, kind=Batches):
         env = simulator(run.env, meta["dataset"])()
         sizes = [env.reset(seed=0)[0].size, math.prod(env.action_space.shape)]
         box = np.stack([env.action_space.low, env.action_space.high]).reshape(2, -1)
-    except UserError as error:
+    except (UserError, ImportError) as error:
         if needs_simulator:
             raise
         print(f"      no simulator: {error}")
@@ -1260,12 +1232,12 @@ def load_data(run, needs_simulator=True, kind=Batches):
         box = np.stack([dataset.actions.min(0), dataset.actions.max(0)])
     if dims != sizes:
         raise UserError(f"{dataset.name} has {dims} observations and actions, {run.env} {sizes}")
-    outside = (dataset.actions < box[0]) | (dataset.actions > box[1])
-    if outside.any():
-        print(
-            f"      {outside.any(1).mean():.2%} of the actions leave the simulator's box: clipped"
-        )
-        dataset.actions = np.clip(dataset.actions, *box)
+    clipped = np.clip(dataset.actions, *box)  # as they were on their way into the simulator
+    outside = (clipped != dataset.actions).any(1).mean()
+    if outside:
+        print(f"      {outside:.2%} of the actions leave the simulator's box: clipped")
+        dataset.actions = clipped
+        meta["dataset"] = dataset.summary()
     batches = kind(dataset, run.config.horizon, run.config.gamma, run.device)
     windows = f"{len(batches.obs):,} windows of {batches.horizon} actions"
     print(f"      {windows}, {batches.padded:,} of them padded at an episode's end", flush=True)
@@ -1282,10 +1254,9 @@ def check_compatible(path, saved, asked):
 
 
 def load_or_train(run, stage, fields, meta, built_on, make, **how):
-    """The finished checkpoint of a stage, from the run's folder or trained now.
+    """The finished checkpoint of a stage, from the run's folder or trained now; or UserError.
 
-    fields: the names of run.config that decide it; built_on: checkpoints of the stages before;
-    make() -> (network, loss_fn); how: of `fit`. May raise UserError.
+    fields: names in run.config that decide it; built_on: checkpoints; make() -> (net, loss_fn).
     """
     path = run.out / f"{stage}.pt"
     recipe = {"env": run.env, "data": meta["dataset"]["sha256"][:12]}
@@ -1312,11 +1283,12 @@ def stages_of(command, config):
     """The stages that a command trains, in their order."""
     if command == "reward":
         return ["reward"]
-    both = ["reward", "teacher"] if config.reward_teacher else ["teacher"]
-    if command == "teacher":
-        return both
-    alone = ["reward"] if config.reward_weight and not config.reward_teacher else []
-    return [*both, *alone, "student"]
+    stages = ["teacher", "student"] if command == "distill" else ["teacher"]
+    if config.reward_teacher:
+        stages.insert(0, "reward")
+    elif command == "distill" and config.reward_weight:
+        stages.insert(1, "reward")
+    return stages
 
 
 def train_stage(run, stage, batches, meta, models):
@@ -1348,7 +1320,7 @@ def act_again(run):
     """Score the student or teacher that lies in the run's folder."""
     path = run.out / f"{run.model}.pt"
     saved = load_checkpoint(path, run.model, run.device)
-    if saved["config"].keys() != {field.name for field in dataclasses.fields(Config)}:
+    if saved["config"].keys() != dataclasses.asdict(Config()).keys():
         raise UserError(f"{path} was made by another program")
     if run.env:
         check_compatible(path, saved, {"env": run.env})
@@ -1361,18 +1333,31 @@ def act_again(run):
 
 # ---- 11. Command line ----------------------------------------------------------------------------
 
-COMMANDS = {  # what each does, and the fields of Config that are its flags
-    "data": ("fetch the dataset and print what is in it", ""),
-    "reward": ("train the reward model R, a return-to-go", STAGE_FIELDS["reward"]),
-    "teacher": (
-        "train the EDM diffusion teacher, Eq. 4, and first the R that weights its windows",
-        f"{STAGE_FIELDS['reward']} {STAGE_FIELDS['teacher']}",
-    ),
-    "distill": (
-        "train what is missing of the above, then the student, Eq. 9, and score it",
-        f"{' '.join(STAGE_FIELDS.values())} nfe episodes first_seed",
-    ),
-    "evaluate": ("score a saved student or teacher", ACTING_FIELDS),
+COMMANDS = {
+    "data": "fetch the dataset and print what is in it",
+    "reward": "train the reward model R, a return-to-go",
+    "teacher": "train the EDM diffusion teacher, Eq. 4, and first the R that weights its windows",
+    "distill": "train what is missing of the above, then the student, Eq. 9, and score it",
+    "evaluate": "score a saved student or teacher",
+}
+TRAINING = f"env data out device preset {STAGE_FIELDS['reward']}"
+COMMAND_FLAGS = {
+    "data": "env data",
+    "reward": TRAINING,
+    "teacher": f"{TRAINING} {STAGE_FIELDS['teacher']}",
+    "distill": f"{TRAINING} {' '.join(STAGE_FIELDS.values())} nfe episodes first_seed",
+    "evaluate": "env out device model nfe teacher_points temperature episodes first_seed",
+}
+FLAGS = {  # those that are no fields of Config
+    "env": {"help": f"one of {', '.join(ENVS)}; with --data any gymnasium id"},
+    "data": {"help": "FILE.hdf5 in D4RL's layout, or minari:ID (default: D4RL's file of --env)"},
+    "out": {"help": "folder for all that is written (default: runs/<env>)"},
+    "device": {"help": "cpu, cuda, cuda:1, ... (default: cpu)"},
+    "preset": {
+        "help": "paper-losses: Eqs. 4 to 9 to the letter; paper: its sizes, too (default: default)",
+        "choices": PRESETS,
+    },
+    "model": {"help": "who acts (default: student)", "choices": ("student", "teacher")},
 }
 
 
@@ -1381,26 +1366,15 @@ def build_parser():
     summary = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser(prog="ractd.py", description=summary, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command, (text, names) in COMMANDS.items():
+    for command, text in COMMANDS.items():
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
-        sub.add_argument("--env", help=f"one of {', '.join(ENVS)}; with --data any gymnasium id")
-        sub.set_defaults(data="", out=None, device="cpu", preset="default")
-        if command != "evaluate":
-            text = "FILE.hdf5 in D4RL's layout, or minari:ID (default: D4RL's file of --env)"
-            sub.add_argument("--data", help=text)
-        if command != "data":
-            sub.add_argument("--out", help="folder for all that is written (default: runs/<env>)")
-            sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cpu)")
-        if command in ("reward", "teacher", "distill"):
-            text = "paper-losses: Eqs. 4 to 9 to the letter; paper: in the published sizes, too"
-            sub.add_argument("--preset", choices=PRESETS, help=f"{text} (default: default)")
-        if command == "evaluate":
-            text = "who acts (default: student)"
-            sub.add_argument(
-                "--model", choices=("student", "teacher"), default="student", help=text
-            )
+        sub.set_defaults(data="", device="cpu", preset="default", model="student", out=None)
+        names = COMMAND_FLAGS[command].split()
+        for name in names:
+            if name in FLAGS:
+                sub.add_argument(f"--{name}", **FLAGS[name])
         for field in dataclasses.fields(Config):
-            if field.name in names.split():
+            if field.name in names:
                 add_flag(sub, field, PAPER)
     return parser
 
@@ -1425,37 +1399,15 @@ def check_range(field, value):
         raise UserError(f"--{field.name.replace('_', '-')} {value}: must be in {low} to {high}")
 
 
-def make_config(run):
-    """The Config of flags, preset and defaults, checked."""
-    values = dict(PRESETS[run.preset])
-    if values:
-        values["reward_weight"] = ENVS[run.env][3] if run.env in ENVS else 1.0
-    for field in dataclasses.fields(Config):
-        value = getattr(run, field.name, None)
-        if value is None:  # not given, or no flag of this command
-            continue
-        check_range(field, value)
-        values[field.name] = value
-    config = Config(**values)
-    if hasattr(run, "horizon"):
-        size = NETWORKS[config.network]
-        multiple = size["patch"] * 2 ** (len(size["channels"]) - 1)
-        if config.horizon % multiple:
-            way_out = f"must be a multiple of {multiple} with --network {config.network}"
-            raise UserError(f"--horizon {config.horizon}: {way_out}")
-        if config.reward_actions > config.horizon:
-            raise UserError(f"--reward-actions must not be more than --horizon, {config.horizon}")
-    return config
-
-
 def prepare(run):
     """Complete the parsed command line: env, out, device, config; UserError says what is wrong."""
+    evaluates = run.command == "evaluate"
     if run.data and not run.env:
-        run.env = run.data.removeprefix("minari:")
-        run.env = run.env if run.env != run.data else Path(run.data).stem
-    if not (run.env or run.command == "evaluate" and run.out):
+        minari = run.data.startswith("minari:")
+        run.env = run.data.removeprefix("minari:") if minari else Path(run.data).stem
+    if not (run.env or evaluates and run.out):
         raise UserError(f"give --env, one of {', '.join(ENVS)}, or --data FILE")
-    if run.command != "evaluate" and not run.data and run.env not in ENVS:
+    if not evaluates and not run.data and run.env not in ENVS:
         raise UserError(f"--env {run.env} is unknown; there are {', '.join(ENVS)}; with --data any")
     run.out = Path(run.out or "runs/" + run.env.replace("/", "-"))
     try:
@@ -1463,10 +1415,32 @@ def prepare(run):
         torch.zeros(1, device=run.device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {run.device}: {str(error).splitlines()[0]}; try cpu") from None
-    run.config = make_config(run)
-    if run.command == "evaluate" and not run.out.is_dir():
+
+    # flags, else the preset, else the default
+    values = dict(PRESETS[run.preset])
+    if values:
+        values["reward_weight"] = ENVS[run.env][3] if run.env in ENVS else 1.0
+    for field in dataclasses.fields(Config):
+        value = getattr(run, field.name, None)
+        if value is not None:  # given, and a flag of this command
+            check_range(field, value)
+            values[field.name] = value
+    run.config = Config(**values)
+
+    # what does not fit together
+    if hasattr(run, "horizon"):
+        size = NETWORKS[run.config.network]
+        multiple = size["patch"] * 2 ** (len(size["channels"]) - 1)
+        if run.config.horizon % multiple:
+            way_out = f"must be a multiple of {multiple} with --network {run.config.network}"
+            raise UserError(f"--horizon {run.config.horizon}: {way_out}")
+        if run.config.reward_actions > run.config.horizon:
+            raise UserError(
+                f"--reward-actions: must not be more than --horizon {run.config.horizon}"
+            )
+    if evaluates and not run.out.is_dir():
         raise UserError(f"there is no folder {run.out}: train first, or give its --out")
-    if run.command == "evaluate" and run.config.episodes < 1:
+    if evaluates and run.config.episodes < 1:
         raise UserError("--episodes must be at least 1 to evaluate")
 
 
@@ -1493,10 +1467,8 @@ def main(argv=None):
             load_data(run, needs_simulator=False)
             return 0
         make_folder(run.out)
-        if run.command == "evaluate":
-            act_again(run)
-        else:
-            train(run)
+        command = act_again if run.command == "evaluate" else train
+        command(run)
     except (UserError, OSError, ImportError) as error:
         print(f"ractd.py: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,42 @@
+"""The tables of scores in the READMEs, made from the files of scores in results/.
+
+    python -m reproduce.tables
+
+results/<task>/<run>/score_*.json are those that `python ractd.py distill` and `python -m
+reproduce.seeds` write, a folder for each run: seed<s> for the default with that training seed.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def read_scores(folder=RESULTS):
+    """{task: {(what acted, calls): {run: (mean score, standard error)}}} of all files there."""
+    found = defaultdict(lambda: defaultdict(dict))
+    for path in sorted(folder.glob("*/*/score_*.json")):
+        metrics = json.loads(path.read_text())
+        task, run = path.parts[-3:-1]
+        label = metrics["method"] if run.startswith("seed") else run
+        row = found[task][label, metrics["calls"]]
+        row[run] = (metrics["score_mean"], metrics["score_sem"])
+    return found
+
+
+def print_scores(found):
+    """One Markdown table for each task: the mean over runs, and each of them."""
+    for task, rows in found.items():
+        print(f"\n| {task} | calls | mean | each training seed |\n|---|---|---|---|")
+        for (label, calls), runs in sorted(rows.items()):
+            each = ", ".join(f"{mean:.1f} ± {sem:.1f}" for mean, sem in runs.values())
+            average = np.mean([mean for mean, _ in runs.values()])
+            print(f"| {label} | {calls} | {average:.1f} | {each} |")
+
+
+if __name__ == "__main__":
+    sys.exit(print_scores(read_scores()))
