@@ -1037,6 +1037,7 @@ def server(monkeypatch, tmp_path):
             self.wfile.write(content if state.mode == "good" else content[:2000])
 
     web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    web.handle_error = lambda *_: None  # a client that gave up
     threading.Thread(target=web.serve_forever, args=(0.05,), daemon=True).start()
     monkeypatch.setattr(ractd, "D4RL_URL", f"http://127.0.0.1:{web.server_port}/")
     original = urllib.request.urlopen

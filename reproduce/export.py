@@ -14,8 +14,8 @@ action box inside:
     noise         (B, H, A) float32, standard normal; with N calls (B, N H, A)
     plan          (B, H, A) float32, in the environment's units; plan[:, 0] is the action to take
 
-The batch size B is free. Neither takes a single observation (O,): give np.float32(observation)[None].
-The ONNX file is checked against the policy before it is written.
+The batch size B is free. Neither takes a single observation (O,): give it as
+np.float32(observation)[None]. The ONNX file is checked against the policy before it is written.
 """
 
 import io
