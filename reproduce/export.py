@@ -131,8 +131,9 @@ def export(run):
         command = "pip install -r reproduce/requirements.txt"
         raise ractd.UserError(f"ONNX needs more packages ({error}): {command}") from None
     write(run.out / "policy.onnx", onnx)
+    noise_shape = ", ".join(map(str, deployed.noise_shape))
     print(
-        f"observation (B, {saved['dims'][0]}), noise (B, {', '.join(map(str, deployed.noise_shape))})"
+        f"observation (B, {saved['dims'][0]}), noise (B, {noise_shape})"
         f" -> plan (B, {policy.shape[0]}, {policy.shape[1]}), {policy.calls} network call(s)"
     )
 
