@@ -1097,6 +1097,25 @@ def test_without_a_network_or_a_home_one_task_has_data(tmp_path, monkeypatch, ca
     assert ractd.load_dataset(ENV).source.startswith("D4RL, version")
 
 
+def test_a_million_transitions_load_in_seconds_and_in_little_memory(tmp_path):
+    n = 1_000_000
+    rows = {
+        "observations": np.random.default_rng(0).random((n, 17), np.float32),
+        "actions": np.zeros((n, 6), np.float32),
+        "rewards": np.ones(n, np.float32),
+        "terminals": np.arange(n) % 333 == 0,
+        "timeouts": np.arange(n) % 1000 == 999,
+    }
+    code = """import resource, sys, time, ractd
+began = time.process_time()
+ractd.Batches(ractd.load_dataset("", sys.argv[1]))
+print(time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)"""
+    done = python("-c", code, write(tmp_path / "million.hdf5", rows), cwd=SCRIPT.parent)
+    seconds, gigabytes = map(float, done.stdout.split())
+    assert seconds < 20
+    assert gigabytes < 1.5
+
+
 # ---- presets and flags ---------------------------------------------------------------------------
 
 
