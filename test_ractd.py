@@ -31,7 +31,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, MultiDiscrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
 from minari.data_collector import EpisodeBuffer
 from torch import nn
 
@@ -921,9 +921,10 @@ def test_what_acts_stays_inside_the_box():
 def test_spaces_that_are_no_vectors_are_refused_before_training(capsys):
     data = write("log.hdf5", logged(o=2, a=2))
     for name in ("actions", "observations"):
-        env = room(f"{name}-v0", **{name: MultiDiscrete([3, 2])})
-        code = cli("distill", f"--data={data}", "--out=new", *FLAGS["distill"], env=env)
-        refused(capsys, code, f"{name} are MultiDiscrete([3 2]), no vector")
+        for i, space in enumerate((Discrete(2), MultiBinary(2), MultiDiscrete([3, 2]))):
+            env = room(f"{name}-v{i}", **{name: space})
+            code = cli("distill", f"--data={data}", "--out=new", *FLAGS["distill"], env=env)
+            refused(capsys, code, f"{name} are {space}, no vector")
     assert not list(Path("new").iterdir())
 
 
@@ -1542,7 +1543,8 @@ LAYOUTS = {  # the observations of a file, and what is said of it
     "a group": (lambda f: f.create_group("observations/agent"), "lacks the arrays observations"),
     "robomimic": (lambda f: f.create_group("data/demo_0"), "the layout is robomimic's"),
     "minari": (lambda f: [f.create_group(f"episode_{i}") for i in range(3000)], "is Minari's"),
-    "dead link": (lambda f: f.update(observations=h5py.ExternalLink("no", "/")), "arrays"),
+    "external link": (lambda f: f.update(observations=h5py.ExternalLink("no", "/")), "arrays"),
+    "soft link": (lambda f: f.update(observations=h5py.SoftLink("/no")), "arrays"),
     "petabytes": (lambda f: f.create_dataset("observations", (10**15, 11), "f4", chunks=True), ""),
 }
 
