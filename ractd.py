@@ -844,11 +844,11 @@ def student_stage(config, batches, teacher, reward=None):
     student = make_network("student", config, batches.dims).to(batches.obs.device)
     warm_start(student, teacher)
     sums = advantage_sums(batches, reward) if config.reward_teacher else None
-    gradient = reward if config.reward_weight else None
+    reward_in_loss = reward if config.reward_weight else None  # Eq. 8
 
     def loss_fn(net, average):
         state, x0 = batches.windows(config.student_batch, sums)
-        return distillation_loss(net, average, teacher, gradient, state, x0, config)
+        return distillation_loss(net, average, teacher, reward_in_loss, state, x0, config)
 
     return student, loss_fn
 
