@@ -128,7 +128,7 @@ STAGE_FIELDS = {
     "reward_weight reward_input trajectories temperature",
 }
 
-# Eqs. 4 to 9 as the paper writes them, at the size of the default
+# Eqs. 4 to 9 as the paper writes them, but for TARGET_DECAY, at the size of the default
 PAPER_LOSSES = {"denoising": "paper", "reward_teacher": False, "trajectories": 0}
 PAPER_LOSSES |= {"reward_actions": 1, "reward_networks": 1, "temperature": 1.0}
 # the published sizes, and as many steps as on hopper-medium-replay
@@ -1354,7 +1354,7 @@ FLAGS = {  # those that are no fields of Config
     "out": {"help": "folder for all that is written (default: runs/<env>)"},
     "device": {"help": "cpu, cuda, cuda:1, ... (default: cpu)"},
     "preset": {
-        "help": "paper-losses: Eqs. 4 to 9 to the letter; paper: its sizes, too (default: default)",
+        "help": "paper-losses: Eqs. 4 to 9, a plain teacher; paper: its sizes, too (default: default)",
         "choices": PRESETS,
     },
     "model": {"help": "who acts (default: student)", "choices": ("student", "teacher")},
