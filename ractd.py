@@ -93,8 +93,8 @@ class Config:
     horizon: int = option(16, "H, c in the paper: the number of actions in a plan", 1, 1024)
     network: str = option("small", "size of the U-Net", choices=tuple(NETWORKS))
     denoising: str = option("mean", DENOISING, choices=("mean", "paper"))
-    teacher_steps: int = option(4000, "gradient steps of the teacher", 1, 1e9)
-    teacher_batch: int = option(256, "plans in one of its steps", 1, 100_000)
+    teacher_steps: int = option(8000, "gradient steps of the teacher", 1, 1e9)
+    teacher_batch: int = option(128, "plans in one of its steps", 1, 100_000)
     teacher_lr: float = option(1e-3, "its peak learning rate", 1e-9, 1)
     reward_teacher: bool = option(True, "weight the teacher's windows by their advantage under R")
     reward_steps: int = option(3000, "gradient steps of the reward model R", 1, 1e9)
@@ -104,14 +104,14 @@ class Config:
     reward_networks: int = option(4, "the number of networks whose mean is R", 1, 64)
     gamma: float = option(0.99, "discount of the return-to-go", 0, 0.9999)
     student_steps: int = option(1000, "gradient steps of the student", 1, 1e9)
-    student_batch: int = option(128, "plans in one of its steps", 1, 100_000)
-    student_lr: float = option(5e-4, "its peak learning rate", 1e-9, 1)
+    student_batch: int = option(64, "plans in one of its steps", 1, 100_000)
+    student_lr: float = option(1e-3, "its peak learning rate", 1e-9, 1)
     grid_points: int = option(20, "N: noise levels in the grid of t, u and k", 3, 9999)
     ctm_weight: float = option(1.0, "alpha of Eq. 9", 0, 1e6)
     dsm_weight: float = option(1.0, "beta of Eq. 9", 0, 1e6)
     reward_weight: float = option(1.0, "sigma of Eq. 9; 0 trains CTD", 0, 1e6)
     reward_input: str = option("plan", REWARD_INPUT, choices=("plan", "dsm"))
-    trajectories: int = option(64, "teacher trajectories per student step, 0: none", 0, 100_000)
+    trajectories: int = option(128, "teacher trajectories in a student step, 0: none", 0, 100_000)
     temperature: float = option(0.25, "scale of the noise to act from", 0, 100)
     nfe: int = option(1, "network calls of the student per plan", 1, 80)
     teacher_points: int = option(20, "n: points of Heun's method, 2 n - 3 calls", 3, 9999)
@@ -450,8 +450,9 @@ class UNet1d(nn.Module):
         waves = [wave(x) for x in angles for wave in (torch.sin, torch.cos)]
         return self.level(self.level_in(torch.cat(waves, dim=1)))
 
-    def forward(self, x, t, state, k=None):
-        embedding = self.embed(t) if k is None else self.embed(t, k)
+    def forward(self, x, t, state, k=None, embedding=None):
+        if embedding is None:  # where the levels are few, it is known
+            embedding = self.embed(t) if k is None else self.embed(t, k)
         condition = self.condition(embedding + self.state(state))
         films = iter(self.film(condition)[:, None].split(self.film_sizes, dim=2))
 
@@ -663,14 +664,11 @@ def reward_loss(reward_model, state, plan):
     return -reward_model(state, plan.clamp(-1, 1)).mean()
 
 
-def distillation_loss(
-    student, target, teacher, reward_model, state, x0, config, distance=pseudo_huber
-):
+def distillation_loss(student, target, teacher, reward_model, state, x0, config):
     """Eq. 9: alpha L_CTM + beta L_DSM + sigma L_Reward, on one batch -> (loss, {name: tensor}).
 
     student, target, teacher: networks, the last two frozen; reward_model: callable
-    (state, plan) -> (B,), None for CTD. state (B, S), x0 (B, H, A); config: Config; distance: d of
-    Eq. 5.
+    (state, plan) -> (B,), None for CTD. state (B, S), x0 (B, H, A); config: Config.
     """
     jump = lambda x, t, k: student_jump(student, x, t, k, state)
     frozen_jump = lambda x, t, k: student_jump(target, x, t, k, state)
@@ -680,7 +678,7 @@ def distillation_loss(
     sigmas = karras_sigmas(config.grid_points).to(x0)
     t, u, k = draw_jumps(len(x0), sigmas)
     x_t = x0 + expand(t) * torch.randn_like(x0)
-    ctm = ctm_loss(jump, frozen_jump, denoiser, x_t, t, u, k, distance=distance)
+    ctm = ctm_loss(jump, frozen_jump, denoiser, x_t, t, u, k)
 
     # Eq. 7: DSM
     t = lognormal_levels(len(x0), x0.device)
@@ -692,29 +690,21 @@ def distillation_loss(
         prediction = denoise(student, x_t, t, state, k=t)  # g(x_t, t, t)
         dsm = dsm_loss(prediction, x0, t)
 
-    # the one-call plan G(x_T, T, 0), from the noise that the policy acts from
-    if config.trajectories or (reward_model and config.reward_input == "plan"):
-        x_T = config.temperature * SIGMA_MAX * torch.randn_like(x0)
-        plan = jump(x_T, SIGMA_MAX, SIGMA_MIN)
-
-    # Eq. 8: reward
+    # Eq. 8: reward, on the one-call plan G(x_T, T, 0) from the noise that the policy acts from
     reward = 0.0
     if reward_model:
-        acts = plan if config.reward_input == "plan" else prediction
-        reward = reward_loss(reward_model, state, acts)
-
-    # not in the paper: Eq. 5 for u = k = 0, on the first of these plans, see section 7
-    path = 0.0
-    if config.trajectories:
-        first = slice(config.trajectories)
-        denoiser = lambda x, t: denoise(teacher, x, t, state[first])
-        path = trajectory_loss(plan[first], x_T[first], denoiser, distance=distance)
+        plan = prediction
+        if config.reward_input == "plan":
+            x_T = config.temperature * SIGMA_MAX * torch.randn_like(x0)
+            plan = jump(x_T, SIGMA_MAX, SIGMA_MIN)
+        reward = reward_loss(reward_model, state, plan)
 
     # Eq. 9
-    loss = config.ctm_weight * (ctm + path) + config.dsm_weight * dsm
-    loss = loss + config.reward_weight * reward
-    terms = {"ctm": ctm, "dsm": dsm, "R": -reward, "path": path}
-    return loss, {name: x.detach() for name, x in terms.items() if torch.is_tensor(x)}
+    loss = config.ctm_weight * ctm + config.dsm_weight * dsm + config.reward_weight * reward
+    info = {"ctm": ctm.detach(), "dsm": dsm.detach()}
+    if reward_model:
+        info["R"] = -reward.detach()
+    return loss, info
 
 
 @torch.no_grad()
@@ -737,6 +727,7 @@ def student_sample(jump, x_T, sigmas, nfe=1, noise=torch.randn_like):
 # --reward-networks, --reward-actions, --temperature, --denoising; README.md says why.
 
 ADVANTAGE_SCALE = 40.0  # of returns-to-go that are scaled to [-1, 1]; one for all data
+TRAJECTORIES = 16_384  # of the teacher, solved before the student's training
 
 
 def advantage_weight(reward, value, scale=ADVANTAGE_SCALE, cap=5.0):
@@ -777,14 +768,27 @@ def advantage_sums(batches, reward_model):
     return weights.cumsum(0)
 
 
-def trajectory_loss(plan, x_T, denoiser, n=7, distance=pseudo_huber):
+@torch.no_grad()
+def teacher_ends(teacher, state, x_T, n=12, batch=1024):
+    """Where the teacher's trajectories from x_T (N, H, A) in states (N, S) end: (N, H, A).
+
+    By Heun's method of n points; solved once, before the student's training, in large batches.
+    """
+    ends = []
+    for s_n, x in zip(state.split(batch), x_T.split(batch), strict=True):
+        denoiser = lambda x, t, s_n=s_n: denoise(teacher, x, t, s_n)
+        ends.append(heun_sample(denoiser, x, karras_sigmas(n)))
+    return torch.cat(ends)
+
+
+def trajectory_loss(student, state, x_T, end):
     """d(G(x_T, T, 0), the end of the teacher's trajectory from x_T), mean over the batch -> scalar.
 
-    Eq. 5 for u = k = 0 (Kim et al. 2024 draw u freely): no chain of jumps for the one that acts.
-    plan (B, H, A): the student's, with gradient, from the noise x_T (B, H, A); denoiser: the
-    teacher's D, callable (x, t) -> x0; n: points of Heun's method.
+    Eq. 5 for u = k = 0 (Kim et al. 2024 draw u freely): the one jump that acts is not taught by a
+    chain of small ones alone. state (B, S); x_T, end (B, H, A): by `teacher_ends`.
     """
-    return distance(plan, heun_sample(denoiser, x_T, karras_sigmas(n))).mean()
+    plan = student_jump(student, x_T, SIGMA_MAX, SIGMA_MIN, state)
+    return pseudo_huber(plan, end).mean()
 
 
 # ---- 8. Training: each stage is a network and its loss -------------------------------------------
@@ -818,7 +822,6 @@ def reward_stage(config, batches):
     def loss_fn(net, average):
         state, plan, go = batches.transitions(config.reward_batch, net.actions)
         errors = (net.each(state, plan) - go).square().mean(1)  # (networks,)
-        state, plan, _ = batches.transitions(2 * config.reward_batch, net.actions)
         v_loss = value_loss(average(state, plan), net.V(state))  # for section 7
         return errors.sum() + v_loss, {"error": errors.mean().detach(), "V": v_loss.detach()}
 
@@ -840,15 +843,28 @@ def teacher_stage(config, batches, reward=None):
 
 
 def student_stage(config, batches, teacher, reward=None):
-    """The student and loss_fn(net, average), Eq. 9, on the windows that the teacher learnt from."""
+    """The student and loss_fn(net, average): Eq. 9 on the teacher's windows, its trajectories."""
     student = make_network("student", config, batches.dims).to(batches.obs.device)
     warm_start(student, teacher)
     sums = advantage_sums(batches, reward) if config.reward_teacher else None
     reward_in_loss = reward if config.reward_weight else None  # Eq. 8
+    solved = None
+    if config.trajectories:
+        count = min(TRAJECTORIES, config.trajectories * config.student_steps)
+        print(f"student: solves {count:,} trajectories of the teacher", flush=True)
+        state, x0 = batches.windows(count, sums)
+        x_T = config.temperature * SIGMA_MAX * torch.randn_like(x0)
+        solved = state, x_T, teacher_ends(teacher, state, x_T)
 
     def loss_fn(net, average):
         state, x0 = batches.windows(config.student_batch, sums)
-        return distillation_loss(net, average, teacher, reward_in_loss, state, x0, config)
+        loss, info = distillation_loss(net, average, teacher, reward_in_loss, state, x0, config)
+        if solved:
+            drawn = torch.randint(count, (config.trajectories,), device=state.device)
+            path = trajectory_loss(net, *(column[drawn] for column in solved))
+            loss = loss + config.ctm_weight * path
+            info["path"] = path.detach()
+        return loss, info
 
     return student, loss_fn
 
@@ -1025,6 +1041,9 @@ class Policy(nn.Module):
         self.register_buffer("box", checkpoint["box"])
         self.shape = (config.horizon, checkpoint["dims"][1])  # (H, A)
         self.sigmas = karras_sigmas(config.grid_points if self.student else how.teacher_points)
+        levels = [self.sigmas, SIGMA_MIN] if self.student else [self.sigmas]
+        self.register_buffer("embeddings", self.net.embed(*levels))  # of all t, once per policy
+        self.rows = {t: row for row, t in enumerate(self.sigmas.tolist())}
         self.nfe = how.nfe
         self.temperature = how.temperature
         self.calls = how.nfe if self.student else 2 * how.teacher_points - 3
@@ -1044,16 +1063,20 @@ class Policy(nn.Module):
 
         return self(observations, noise).cpu().numpy()
 
+    def network(self, x, t, state, k=None):
+        """The network, t a level of the grid, k = 0: (B, H, A) -> (B, H, A)."""
+        return self.net(x, t, state, k, self.embeddings[self.rows[t]])
+
     def forward(self, observations, noise=torch.randn_like):
         """observations (B, O) -> plans (B, H, A); noise: callable, x -> fresh N(0, 1) like x."""
         state = encode(observations.float(), self.obs_table)
         cool = lambda x: self.temperature * noise(x)
         x_T = SIGMA_MAX * cool(state.new_empty(state.shape[0], *self.shape))
         if self.student:
-            jump = lambda x, t, k: student_jump(self.net, x, t, k, state)
+            jump = lambda x, t, k: student_jump(self.network, x, t, k, state)
             x = student_sample(jump, x_T, self.sigmas, self.nfe, cool)
         else:
-            denoiser = lambda x, t: denoise(self.net, x, t, state)
+            denoiser = lambda x, t: denoise(self.network, x, t, state)
             x = heun_sample(denoiser, x_T, self.sigmas)
         return decode(x.clamp(-1, 1), self.action_table).clamp(*self.box)
 

@@ -456,7 +456,7 @@ def test_the_ctm_gradient_passes_through_the_outer_frozen_jump_but_not_to_the_ta
     assert x_hat.grad.flatten(1).norm(dim=1).min() > 0
 
 
-def distil(student=None, teacher=1, distance=ractd.pseudo_huber, **config):
+def distil(student=None, teacher=1, **config):
     """distillation_loss on fixed random networks and data -> (loss, info, networks)."""
     nets = SimpleNamespace(student=student or network(0, student=True), teacher=network(teacher))
     nets.target = frozen(network(2, student=True))
@@ -467,12 +467,12 @@ def distil(student=None, teacher=1, distance=ractd.pseudo_huber, **config):
     config = Config(**{"grid_points": 10, "reward_weight": 1.0, **config})
     R = nets.R if config.reward_weight else None
     three = (nets.student, nets.target, nets.teacher)
-    loss, info = ractd.distillation_loss(*three, R, nets.state, x0, config, distance)
+    loss, info = ractd.distillation_loss(*three, R, nets.state, x0, config)
     return loss, info, nets
 
 
 WEIGHTS = {"ctm_weight": 1.5, "dsm_weight": 3.0, "reward_weight": 2.0}
-PAPER = {"denoising": "paper", "trajectories": 0}
+PAPER = {"denoising": "paper"}
 
 
 @pytest.mark.parametrize("alone", WEIGHTS)
@@ -496,20 +496,13 @@ def test_the_total_is_eq_9_and_no_loss_depends_on_anothers_weight_but_all_matter
         weights = WEIGHTS | ({off: 0.0} if off else {})
         loss, others, _ = distil(**weights)
         if off == "reward_weight":  # CTD
-            assert others.keys() == {"ctm", "path", "dsm"}
-        total = weights["ctm_weight"] * (others["ctm"] + others["path"])
+            assert others.keys() == {"ctm", "dsm"}
+        total = weights["ctm_weight"] * others["ctm"]
         total = total + weights["dsm_weight"] * others["dsm"]
         total = total - weights["reward_weight"] * others.get("R", 0)
         assert loss.item() == pytest.approx(total.item(), rel=1e-5)
         for name, value in others.items():
             assert value.item() == pytest.approx(info[name].item(), rel=1e-4)
-
-
-def test_the_distance_of_eq_5_is_that_of_its_trajectories_and_of_no_other_loss():
-    _, usual, _ = distil()
-    _, other, _ = distil(distance=lambda a, b: 3 + 0 * ractd.squared(a, b))
-    assert other["ctm"] == other["path"] == 3 and usual["ctm"] != 3
-    assert other["dsm"] == usual["dsm"] and other["R"] == usual["R"]
 
 
 @pytest.mark.parametrize("denoising", ["mean", "paper"])
@@ -518,7 +511,7 @@ def test_dsm_and_the_reward_see_what_they_are_told_to(denoising, reward_input, m
     calls = record(monkeypatch, "denoise")
     dsm_calls = record(monkeypatch, "dsm_loss")
     reward_calls = record(monkeypatch, "reward_loss")
-    _, _, nets = distil(denoising=denoising, reward_input=reward_input, trajectories=0)
+    _, _, nets = distil(denoising=denoising, reward_input=reward_input)
     _, dsm, *one_call = [args for args in calls if args[0] is nets.student]
     ((prediction, _, level, *distance),) = dsm_calls
     ((_, _, plan),) = reward_calls
@@ -649,34 +642,64 @@ def test_windows_are_drawn_by_their_weights_also_from_millions_of_rows():
     assert (drawn > last).double().mean().item() == pytest.approx(1 / 15, abs=0.005)
 
 
-def test_the_trajectory_loss_of_the_exact_jump_is_heuns_error_and_else_the_distance():
+def exact_network(x, t, state, k=None):
+    """The network F of the exact denoiser and, with a k, of the exact jump for N(0, SD^2)."""
+    c_skip, c_out, c_in = ractd.precondition(t)
+    x = x / expand(c_in)
+    clean = exact(x, t) if k is None else (exact_jump(x, t, k) - k / t * x) / (1 - k / t)
+    return (clean - expand(c_skip) * x) / expand(c_out)
+
+
+def test_trajectories_end_where_the_exact_jump_does_but_for_heuns_error():
     torch.manual_seed(0)
-    x_T = 20 * torch.randn(2000, 4, 1).double()
-    plan = exact_jump(x_T, 80.0, 0.02)
-    coarse, fine = (ractd.trajectory_loss(plan, x_T, exact, n).item() for n in (7, 40))
-    assert 0 < fine < coarse / 10 < 0.01  # sqrt(4) times that of an action
-    shifted = (plan + 0.3).requires_grad_()
-    loss = ractd.trajectory_loss(shifted, x_T, exact, 80, ractd.squared)
-    assert loss.item() == pytest.approx(0.09, rel=0.02)
+    x_T = 20 * torch.randn(2500, 4, 1).double()
+    state = torch.zeros(2500, 1)
+    truth = exact_jump(x_T, 80.0, 0.02)
+    coarse, fine = (ractd.teacher_ends(exact_network, state, x_T, n) for n in (12, 80))
+    assert 0 < (fine - truth).abs().max() < (coarse - truth).abs().max() / 10
+
+    # each in its own state, whatever the batch
+    shift = torch.randn(2500, 1).double()
+    net = lambda x, t, state, k: exact_network(x, t, state) + expand(state[:, 0])
+    one = ractd.teacher_ends(net, shift[[1700]], x_T[[1700]])
+    assert torch.allclose(ractd.teacher_ends(net, shift, x_T)[[1700]], one)
+
+
+def test_the_trajectory_loss_is_the_distance_of_the_one_call_plan_from_the_end():
+    torch.manual_seed(0)
+    x_T = 20 * torch.randn(50, 4, 1).double()
+    end = exact_jump(x_T, 80.0, 0.02)
+    perfect = ractd.trajectory_loss(exact_network, None, x_T, end)
+    assert perfect.item() == pytest.approx(0, abs=1e-9)
+    shift = torch.tensor(0.3, requires_grad=True)
+    net = lambda x, t, state, k: exact_network(x, t, state, k) + 2 * shift
+    loss = ractd.trajectory_loss(net, None, x_T, end)  # c_out is nearly 1/2 there
+    assert loss.item() == pytest.approx(0.3 * math.sqrt(4), rel=0.02)
     loss.backward()
-    slope = torch.full_like(plan, 0.6 / plan.numel())
-    assert torch.allclose(shifted.grad, slope, rtol=0.1)
+    assert shift.grad.item() == pytest.approx(math.sqrt(4), rel=0.02)
 
 
 def test_trajectories_start_where_the_policy_does_and_belong_to_the_ctm_loss(monkeypatch):
+    torch.manual_seed(0)
+    batches = ractd.Batches(episodes(8), horizon=8)
+    teacher = frozen(ractd.make_network("teacher", Config(), batches.dims))
+    solved = record(monkeypatch, "teacher_ends")
     calls = record(monkeypatch, "trajectory_loss")
-    config = {"dsm_weight": 0.0, "reward_weight": 0.0, "ctm_weight": 2.0}
-    loss, info, nets = distil(trajectories=12, temperature=0.5, **config)
-    ((plan, x_T, *_),) = calls
-    state = nets.state[:12]
-    assert len(plan) == 12 and x_T.std().item() == pytest.approx(40, rel=0.2)
-    assert torch.allclose(plan, student_jump(nets.student, x_T, 80.0, 0.02, state), atol=1e-5)
-    denoiser = lambda x, t: denoise(nets.teacher, x, t, state)
-    end = ractd.heun_sample(denoiser, x_T, karras_sigmas(7))
-    expected = ractd.pseudo_huber(plan, end).mean()
-    assert info["path"].item() == pytest.approx(expected.item(), rel=1e-5)
+    how = {"horizon": 8, "reward_teacher": False, "temperature": 0.5, "student_steps": 5}
+    config = Config(**how, trajectories=12, ctm_weight=2.0, dsm_weight=0.0)
+    student, loss_fn = ractd.student_stage(config, batches, teacher)
+    loss, info = loss_fn(student, student)
+    ((_, states, x_T), *_) = solved
+    ((net, state, start, end),) = calls
+    assert len(x_T) == 60 and x_T.std().item() == pytest.approx(40, rel=0.1)
+    assert net is student and len(start) == 12
+    drawn = [(x_T == x).flatten(1).all(1).nonzero().item() for x in start]
+    assert len(set(drawn)) > 6 and torch.equal(states[drawn], state)
+    assert torch.allclose(ractd.teacher_ends(teacher, state, start), end, atol=1e-4)
     assert loss.item() == pytest.approx(2 * (info["ctm"] + info["path"]).item(), rel=1e-5)
-    assert "path" not in distil(trajectories=0)[1]
+    config.trajectories = 0
+    student, loss_fn = ractd.student_stage(config, batches, teacher)
+    assert len(solved) == 2 and "path" not in loss_fn(student, student)[1]
 
 
 # ---- two modes: Figure 3 in miniature ------------------------------------------------------------
@@ -728,14 +751,21 @@ def toy(tmp_path_factory):
 
         return train(UNet1d(1, 1, **TOY), loss_fn, 400)
 
-    def student(teacher, reward_model=None, weights=None, **config):
+    def student(teacher, reward_model=None, weights=None, trajectories=True, **config):
         config = Config(temperature=1.0, **config)
         net = UNet1d(1, 1, **TOY, student=True)
         ractd.warm_start(net, teacher)
+        x_T = 80 * torch.randn(2048, 4, 1)
+        end = ractd.teacher_ends(teacher, torch.zeros(2048, 1), x_T)
 
         def loss_fn(net, average):
             x0, _ = draw(weights)
-            return ractd.distillation_loss(net, average, teacher, reward_model, state, x0, config)
+            nets = (net, average, teacher, reward_model)
+            loss, info = ractd.distillation_loss(*nets, state, x0, config)
+            if trajectories:
+                drawn = torch.randint(2048, (128,))
+                loss = loss + ractd.trajectory_loss(net, state, x_T[drawn], end[drawn])
+            return loss, info
 
         net = train(net, loss_fn, 200, lr=2e-3, target_decay=0.9)
         jump = lambda x, t, k: student_jump(net, x, t, k, torch.zeros(len(x), 1))
@@ -782,8 +812,7 @@ def test_eq_8_alone_chooses_the_good_mode_of_a_plain_teacher(toy, reward_input, 
     Where it acts on DSM's prediction, trajectories would hold the one-call plan to the teacher's.
     """
     how = {"reward_input": reward_input, "reward_weight": weight}
-    if reward_input == "dsm":
-        how["trajectories"] = 0
+    how["trajectories"] = reward_input == "plan"
     one_call, _ = toy.student(toy.plain, toy.R, **how)
     good, between, mean, _ = modes(one_call)
     assert good > 0.9 and between < 0.1, modes(one_call)

@@ -251,8 +251,7 @@ def teacher_trajectories(teacher, batches, temperature, count, batch=256):
     """At least `count` of them: conditions (N, 6), starts at T and ends (N, H, 4) each.
 
     Half of them lead to goals of other windows, as a task's starts and goals may lie farther apart
-    than those of any window. `ractd.trajectory_loss` solves new ones in every step; a long plan
-    needs larger batches than that leaves time for, and they are drawn from these again and again.
+    than those of any window. A long plan needs more of them than `ractd.teacher_ends` solves there.
     """
     sigmas = ractd.karras_sigmas(7)
     tell = progress("teacher trajectories", count, "of them")
