@@ -64,6 +64,7 @@ ENVS = {
     for task, (*row, sigmas) in TASKS.items()
     for kind, sigma in zip(KINDS, sigmas, strict=True)
 }
+ENVS["door-human"] = ("gymnasium_robotics:AdroitHandDoor-v1", -56.512833, 2880.5693, 1.0)
 
 NETWORKS = {  # the U-Net's size; patch: actions folded into one of its positions
     "small": {"channels": (64, 128), "kernel": 3, "blocks": 1, "patch": 4},
@@ -140,13 +141,16 @@ PRESETS = {"default": {}, "paper-losses": PAPER_LOSSES, "paper": PAPER}
 
 # ---- 2. Data: logged episodes -> windows of H actions, and returns-to-go -------------------------
 
-D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 # the SHA-256 of its files start so; any other version is used as well
 D4RL_VERSIONS = {
-    "current": "5bdf1bc4 e121c5f7 9d51ad87 cf00f43a e75de96a 6b8d7f86 41324e84 48d494a4 015db75d",
+    "current": "5bdf1bc4 e121c5f7 9d51ad87 cf00f43a e75de96a 6b8d7f86 41324e84 48d494a4 015db75d "
+    "9df6345e",
     "earlier": "828ab916 3ebbc1b9 3c599b8c",
 }
-BUNDLED = Path(__file__).parent / "assets" / "hopper-medium-replay-sac.hdf5"
+ASSETS = Path(__file__).parent / "assets"
+DOOR = "door-v0_demos_clipped.hdf5"  # D4RL's own, CC BY 4.0
+BUNDLED = ASSETS / "hopper-medium-replay-sac.hdf5"  # for want of a network
 
 
 class Dataset:
@@ -202,7 +206,10 @@ def load_dataset(env, data=""):
     if folder.startswith("~"):
         raise UserError("there is no home folder; set D4RL_DATASET_DIR, or give --data FILE")
     path = Path(folder) / f"{env.replace('-', '_')}-v2.hdf5"
-    url = D4RL_URL + path.name
+    url = f"{D4RL_URL}gym_mujoco_v2/{path.name}"
+    if env == "door-human":
+        path = ASSETS / DOOR if (ASSETS / DOOR).exists() else Path(folder) / DOOR
+        url = f"{D4RL_URL}hand_dapg/{DOOR}"
     if not path.exists():
         try:
             with urllib.request.urlopen(url, timeout=20) as answer, replacing(path) as f:
@@ -222,9 +229,9 @@ def load_dataset(env, data=""):
             sha256 = hashlib.file_digest(f, "sha256").hexdigest()
         for version, known in D4RL_VERSIONS.items():
             if sha256[:8] in known:
-                return read_hdf5(path, f"{env}-v2", f"D4RL, {version} version")
+                return read_hdf5(path, path.name, f"D4RL, {version} version")
         print(f"{path} is of a version that this program does not know: SHA-256 {sha256}")
-        return read_hdf5(path, f"{env}-v2", f"D4RL, version {sha256[:8]}")
+        return read_hdf5(path, path.name, f"D4RL, version {sha256[:8]}")
     # without a network
     if env != "hopper-medium-replay" or not BUNDLED.exists():
         recipe = f"make it by D4RL's recipe, python -m reproduce.collect --env {env}"
@@ -794,8 +801,6 @@ def trajectory_loss(student, state, x_T, end):
 # ---- 8. Training: each stage is a network and its loss -------------------------------------------
 
 FORMAT = 4  # of checkpoints
-CONTENTS = """format stage env dataset dims box normalizer recipe config step steps seconds log rng
-    net ema optimizer"""
 SAVE_EVERY = 30.0  # seconds between checkpoints
 WEIGHT_DECAY = {"reward": 1e-3, "teacher": 1e-6, "student": 1e-4}  # as released
 TARGET_DECAY = 0.99  # of the student's average, G_sg in Eqs. 5 and 6; released: 0, a copy
@@ -889,12 +894,6 @@ def replacing(path):
         partial.unlink(missing_ok=True)
 
 
-def write_log(path, log):
-    """The log of the checkpoint at `path` beside it, as <stage>.jsonl, a line for each row."""
-    with replacing(path.with_suffix(".jsonl")) as f:
-        f.writelines((json.dumps(row) + "\n").encode() for row in log)
-
-
 def load_checkpoint(path, stage, device="cpu"):
     """A checkpoint of that stage, or UserError saying what is wrong with the file."""
     if not Path(path).is_file():
@@ -913,8 +912,6 @@ def load_checkpoint(path, stage, device="cpu"):
         raise UserError(f"{path} cannot be loaded as a checkpoint ({error!r:.200})") from None
     if version != FORMAT:
         raise UserError(f"{path} is of another version of this program; delete it or change --out")
-    if missing := [key for key in CONTENTS.split() if key not in checkpoint]:
-        raise UserError(f"{path} is no whole checkpoint: it lacks {', '.join(missing)}")
     if checkpoint["stage"] != stage:
         raise UserError(f"{path} holds a {checkpoint['stage']}, not a {stage}")
     return checkpoint
@@ -1014,7 +1011,6 @@ def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_de
                 state |= {"rng": torch.get_rng_state(), "stage": stage, "format": FORMAT}
                 with replacing(path) as f:
                     torch.save(meta | state, f)
-                write_log(path, state["log"])
                 saved_at = now
             if signals:
                 print(f"{stage}: stopped at step {step:,}, saved; the same command goes on")
@@ -1088,26 +1084,21 @@ def simulator(env, data):
     of its own an episode ends after as many steps as the longest of the data, at least 1000.
     """
     import gymnasium
-    from gymnasium.envs.registration import load_env_creator
     from gymnasium.spaces import Box, Dict
 
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # no advice to leave the -v4 tasks
-    spec = ENVS.get(env, (env,))[0]
-    named = []  # what a set names may come from anywhere: call nothing that is not of these classes
+    gym_id = ENVS.get(env, (env,))[0]
+    how = {}
     try:
         if data["source"].startswith("minari"):
             import minari
 
             stored = minari.load_dataset(data["name"])
-            spec = stored._eval_env_spec or stored.env_spec or spec  # the first has no public name
-        if not isinstance(spec, str):
-            named = [(x.entry_point, gymnasium.Wrapper) for x in spec.additional_wrappers]
-            named.append((spec.entry_point, gymnasium.Env))
-        for name, kind in named:
-            found = load_env_creator(name) if isinstance(name, str) else name
-            if not (isinstance(found, type) and issubclass(found, kind)):
-                raise TypeError(f"its data name {name}, no {kind.__name__} of gymnasium")
-        one = gymnasium.make(spec)
+            # a set may come from anywhere: its registered name is used, its entry point is not called
+            if spec := stored._eval_env_spec or stored.env_spec:  # the first has no public name
+                gym_id = spec.id
+                how = {**spec.kwargs, "max_episode_steps": spec.max_episode_steps}
+        one = gymnasium.make(gym_id, **how)
         one.close()
     except Exception as error:  # of whatever package the environment is from
         raise UserError(f"the environment of {env} cannot be made ({error})") from None
@@ -1120,14 +1111,13 @@ def simulator(env, data):
     if not vector(one.observation_space):
         what = f"observations are {one.observation_space}"
         raise UserError(f"{env}: {what}, no vector of numbers (Box)")
-    limit = {}
     if not (one.spec and one.spec.max_episode_steps):
-        cap = max(1000, data["longest"])
-        limit["max_episode_steps"] = cap
-        print(f"{env} has no time limit: an episode ends after {cap:,} steps")
+        how["max_episode_steps"] = max(1000, data["longest"])
+        steps = f"{how['max_episode_steps']:,} steps"
+        print(f"{env} has no time limit: an episode ends after {steps}")
 
     def make(**options):
-        made = gymnasium.make(spec, **limit, **options)
+        made = gymnasium.make(gym_id, **how, **options)
         return gymnasium.wrappers.TransformObservation(made, lambda x: flat(x, 1)[0], None)
 
     return make
@@ -1196,27 +1186,22 @@ def evaluate_and_report(checkpoint, config, out, device="cpu"):
     print(f"evaluation: {n} episodes, {policy.calls} network call(s) per plan", flush=True)
     result = evaluate(policy.act, simulator(env, data), n, first)
 
+    returns = np.array(result["returns"])
+    scores = normalized_score(env, returns, data)
+    error = scores.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
     print(f"\n{env} on {data['name']} ({data['source']})")
     print(f"{f'{n} episodes from seed {first}':<32}   return    score  std. err.")
-    for which in ("best", "mean"):
-        value = data[f"return_{which}"]
-        score = normalized_score(env, value, data)
-        print(f"{f'data, {which} episode':<32}{value:9.5g}{score:9.1f}")
-    mean = float(np.mean(result["returns"]))
-    scores = normalized_score(env, np.array(result["returns"]), data)
-    score = float(scores.mean())
-    sem = math.nan
-    shown = ""
-    if n > 1:
-        sem = float(scores.std(ddof=1) / math.sqrt(n))
-        shown = f"{sem:11.1f}"
-    print(f"{f'{method}, {policy.calls} call(s)':<32}{mean:9.5g}{score:9.1f}{shown}")
+    rows = {"data, best episode": data["return_best"], "data, mean episode": data["return_mean"]}
+    for label, value in rows.items():
+        print(f"{label:<32}{value:9.5g}{normalized_score(env, value, data):9.1f}")
+    label = f"{method}, {policy.calls} call(s)"
+    print(f"{label:<32}{returns.mean():9.5g}{scores.mean():9.1f}{error:11.1f}")
 
     metrics = {"env": env, "dataset": data, "method": method, "weights": weights_id(checkpoint)}
     metrics |= {"calls": policy.calls, "temperature": config.temperature}
     metrics |= {"episodes": n, "first_seed": first}
-    numbers = {"return_mean": mean, "score_mean": score, "score_sem": sem}
-    metrics |= {name: x if math.isfinite(x) else None for name, x in numbers.items()} | result
+    means = {"return_mean": returns.mean(), "score_mean": scores.mean(), "score_sem": error}
+    metrics |= {name: float(x) if math.isfinite(x) else None for name, x in means.items()} | result
     who = f"{method.replace(', ', '-').replace(' ', '-')}_{metrics['weights']}"
     how = f"calls{policy.calls}_T{config.temperature}_seeds{first}-{first + n - 1}"
     path = out / f"score_{who}_{how}.json"
@@ -1297,7 +1282,6 @@ def load_or_train(run, stage, fields, meta, built_on, make, **how):
         lr = getattr(run.config, f"{stage}_lr")
         fit(stage, net, loss_fn, path, meta, steps, lr, **how)
         saved = load_checkpoint(path, stage, run.device)
-    write_log(path, saved["log"])  # a kill may have left an older one
     print(f"{stage}: {path}, {saved['step']:,} steps in {saved['seconds']:.0f} s")
     return saved
 
@@ -1472,13 +1456,10 @@ def make_folder(out):
     with replacing(out / "probe"):
         pass
     (out / "probe").unlink(missing_ok=True)  # another run may have
-    for partial in out.glob("*.part"):
-        try:
-            os.kill(int(partial.suffixes[-2][1:]), 0)  # signal 0 asks whether a process lives
-        except ProcessLookupError:
-            partial.unlink(missing_ok=True)
-        except (ValueError, IndexError, OverflowError, PermissionError):
-            continue  # none of this program's, or of another user's process
+    for partial in out.glob("*.pt.*.part"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - partial.stat().st_mtime > 3600:  # nobody writes for an hour
+                partial.unlink()
 
 
 def main(argv=None):

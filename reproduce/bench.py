@@ -2,17 +2,23 @@
 
     python -m reproduce.bench --env hopper-medium-replay                 speed alone
     python -m reproduce.bench --env hopper-medium-replay --episodes 20   with the score of each row
+    python -m reproduce.bench --env hopper-medium-replay --what growth   data of 0.2 to 10 M rows
 
-What is not trained yet is trained first, as `python ractd.py distill` does. onnx_1 is the student
-as `python -m reproduce.export` writes it, where the packages of reproduce/requirements.txt are.
+What is not trained yet is trained first, as `python ractd.py distill` does. onnx_* are a Policy as
+`python -m reproduce.export` writes it, where the packages of reproduce/requirements.txt are. growth
+makes random data of Hopper's sizes and writes <out>/growth.json.
 """
 
 import copy
 import dataclasses
 import importlib.metadata
+import multiprocessing
 import resource
 import sys
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,8 +50,9 @@ SAMPLERS = {
     "student_2": ("student", {"nfe": 2}),
     "student_4": ("student", {"nfe": 4}),
 }
-SLOWEST = "teacher_80"  # whose time is divided by the others'
+SLOWEST = "teacher_80"  # whose time, by the same runtime, is divided by the others'
 BATCH = 128  # of the second column of times
+GROWTH = (200_000, 2_000_000, 10_000_000)  # rows
 
 
 def network_passes(step):
@@ -107,19 +114,36 @@ def training_speed(experiment, stage, models):
 
 
 def onnx_act(policy):
-    """The policy's `act` by onnxruntime, or None where a package for it is missing."""
+    """The policy's `act` by onnxruntime."""
     deployed = export.Deployed(policy)
-    try:
-        session = export.onnx_session(export.to_onnx(export.to_program(deployed)))
-    except ImportError as error:
-        print(f"no row for ONNX ({error})")
-        return None
+    session = export.onnx_session(export.to_onnx(export.to_program(deployed)))
 
     def act(observations, generators):
         noise = acting_noise(generators, deployed.noise_shape).numpy()
         return export.call_onnx(session, np.float32(observations), noise)
 
     return act
+
+
+def onnx_network_act(policy):
+    """A teacher's `act`, its network by onnxruntime, the rest of Heun's method by torch."""
+    policy = copy.deepcopy(policy).cpu()
+    inputs = {
+        "x": torch.zeros(2, *policy.shape),
+        "t": torch.ones(2),
+        "state": torch.zeros(2, policy.obs_table.shape[1]),
+    }
+    dims = dict.fromkeys(inputs, {0: torch.export.Dim("batch")})
+    program = torch.export.export(policy.net, (), inputs, dynamic_shapes=dims)
+    session = export.onnx_session(export.to_onnx(program, list(inputs), "y"))
+
+    def network(x, t, state, k=None):
+        levels = np.full(len(x), t, np.float32)
+        (y,) = session.run(None, {"x": x.numpy(), "t": levels, "state": state.numpy()})
+        return torch.from_numpy(y)
+
+    policy.network = network
+    return policy.act
 
 
 def action_times(policies, acts, dims, device):
@@ -163,11 +187,69 @@ def evaluation_times(act, make_env, config):
     return {"simulator_s": whole - sum(network_s), "network_s": sum(network_s)}
 
 
+def slowest(name):
+    """The row whose time is divided by that of the row `name`: of the same runtime."""
+    return f"onnx_{SLOWEST}" if name.startswith("onnx") else SLOWEST
+
+
 def peak_memory(device):
     """Peak memory in MiB so far: of the process, and on the CUDA device, None without one."""
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
     cuda = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
     return kib / 1024, cuda
+
+
+def write_rows(path, rows):
+    """Random data of Hopper's sizes in D4RL's layout, an episode every 500 rows."""
+    import h5py
+
+    rng = np.random.default_rng(0)
+    at = np.arange(rows)
+    with h5py.File(path, "w") as f:
+        f["observations"] = rng.random((rows, 11), np.float32)
+        f["actions"] = rng.uniform(-1, 1, (rows, 3)).astype(np.float32)
+        f["rewards"] = rng.random(rows, np.float32)
+        f["terminals"] = at % 1000 == 499
+        f["timeouts"] = at % 1000 == 999
+
+
+def load_and_draw(path, config):
+    """In a process of its own: {what is measured of a file: number}."""
+    torch.set_num_threads(1)
+    before, _ = peak_memory(torch.device("cpu"))
+    began = time.perf_counter()
+    batches = ractd.Batches(ractd.load_dataset("", path), config.horizon, config.gamma)
+    load_s = time.perf_counter() - began
+    memory, _ = peak_memory(torch.device("cpu"))
+    sums = torch.rand(len(batches.obs), dtype=torch.float64).cumsum(0)
+    draws = {
+        "plain": lambda: batches.windows(config.teacher_batch),
+        "weighted": lambda: batches.windows(config.teacher_batch, sums),
+    }
+    times = in_turns(draws)
+    result = {"load_s": load_s, "peak_memory_mib": memory, "before_mib": before}
+    return result | {f"{name}_batch_ms": ms for name, (ms, _) in times.items()}
+
+
+def growth(run):
+    """Load data of more and more rows, each in a new process; write growth.json, print a table."""
+    spawn = multiprocessing.get_context("spawn")
+    result = {}
+    for rows in GROWTH:
+        print(f"{rows:,} rows", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder) / "rows.hdf5")
+            write_rows(path, rows)
+            with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+                result[rows] = pool.submit(load_and_draw, path, run.config).result()
+    write_json(run.out / "growth.json", result)
+    header = ["rows", "to load, s", "peak memory, MiB", "a batch, ms", "weighted, ms"]
+    table = []
+    for rows, row in result.items():
+        times = [f"{row[f'{name}_batch_ms']:.3f}" for name in ("plain", "weighted")]
+        table.append([f"{rows:,}", row["load_s"], f"{row['peak_memory_mib']:.0f}", *times])
+    print_table(header, table)
+    print(f"All numbers: {run.out / 'growth.json'}")
 
 
 def bench(run):
@@ -186,9 +268,12 @@ def bench(run):
         policies[name] = ractd.Policy(models[stage], acting, run.device)
     acts = {name: policy.act for name, policy in policies.items()}
     calls = {name: policy.calls for name, policy in policies.items()}
-    if by_onnx := onnx_act(ractd.Policy(models["student"], config)):
-        acts["onnx_1"] = by_onnx
-        calls["onnx_1"] = config.nfe
+    try:
+        acts["onnx_teacher_80"] = onnx_network_act(policies["teacher_80"])
+        acts["onnx_1"] = onnx_act(copy.deepcopy(policies["student_1"]).cpu())
+        calls |= {"onnx_teacher_80": calls["teacher_80"], "onnx_1": 1}
+    except ImportError as error:
+        print(f"no rows for ONNX ({error})")
     one, many = action_times(policies, acts, dims, run.device)
 
     train = {}
@@ -215,9 +300,9 @@ def bench(run):
         "calls": calls,
         "action_ms": {name: one[name][0] for name in acts},
         "action_ms_iqr": {name: one[name][1] for name in acts},
-        "ratio": {name: one[SLOWEST][0] / one[name][0] for name in acts},
+        "ratio": {name: one[slowest(name)][0] / one[name][0] for name in acts},
         f"action_ms_of_batch_{BATCH}": {name: many[name][0] for name in acts},
-        f"ratio_of_batch_{BATCH}": {name: many[SLOWEST][0] / many[name][0] for name in acts},
+        f"ratio_of_batch_{BATCH}": {name: many[slowest(name)][0] / many[name][0] for name in acts},
         "score": score,
         "forward_ms": {stage: one[stage][0] for stage in ("teacher", "student")},
         "train": train,
@@ -262,10 +347,20 @@ def print_result(result):
     )
 
 
+WHAT = {"speed": bench, "growth": growth}
+
+
 def main(argv=None):
     """The command line -> exit code, see `run_command`."""
     parser = make_parser("bench", __doc__)
-    return run_command("bench.py", lambda: bench(parse_run(parser, argv)))
+    text = "speed of acting and training, or growth with the data (default: speed)"
+    parser.add_argument("--what", choices=WHAT, default="speed", help=text)
+
+    def measure():
+        run = parse_run(parser, argv)
+        WHAT[run.what](run)
+
+    return run_command("bench.py", measure)
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ def to_program(deployed):
     )
 
 
-def to_onnx(program):
-    """A program of `to_program` as the bytes of an ONNX file; ImportError without the packages."""
+def to_onnx(program, inputs=("observation", "noise"), output="plan"):
+    """A program of torch.export as the bytes of an ONNX file; ImportError without the packages."""
     import onnxscript  # noqa: F401  torch's exporter needs it and would say so at length
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # no word on torchvision
@@ -74,8 +74,8 @@ def to_onnx(program):
         warnings.simplefilter("ignore", FutureWarning)
         made = torch.onnx.export(
             program,
-            input_names=["observation", "noise"],
-            output_names=["plan"],
+            input_names=inputs,
+            output_names=[output],
             external_data=False,
             verbose=False,
         )

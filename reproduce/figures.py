@@ -13,7 +13,6 @@ video       the students of two run folders in the same episode (--first-seed), 
 
 import dataclasses
 import io
-import json
 import sys
 from pathlib import Path
 
@@ -71,14 +70,15 @@ def draw_returns(run):
 
 
 def draw_training(run):
-    """training.png: what <out>/<stage>.jsonl has of the stages."""
-    paths = {stage: run.out / f"{stage}.jsonl" for stage in ractd.STAGE_FIELDS}
-    if not paths["student"].exists():
-        raise ractd.UserError(f"no {paths['student']}: `ractd.py distill` trains what is missing")
-    paths = {stage: path for stage, path in paths.items() if path.exists()}
-    figure, axes = canvas(3.25 * len(paths), 3.8, run.out.name, ncols=len(paths), squeeze=False)
-    for (stage, path), axis in zip(paths.items(), axes[0], strict=True):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    """training.png: the logs of the stages, as their checkpoints hold them."""
+    paths = {stage: run.out / f"{stage}.pt" for stage in ractd.STAGE_FIELDS}
+    logs = {
+        stage: ractd.load_checkpoint(path, stage)["log"]
+        for stage, path in paths.items()
+        if path.exists() or stage == "student"
+    }
+    figure, axes = canvas(3.25 * len(logs), 3.8, run.out.name, ncols=len(logs), squeeze=False)
+    for (stage, rows), axis in zip(logs.items(), axes[0], strict=True):
         steps = [row["step"] for row in rows]
         for name in rows[0]:
             if name not in ("step", "steps", "grad", "steps_per_s"):

@@ -205,8 +205,8 @@ def test_exit_codes_and_sentences(run, capsys, monkeypatch):
     for numbers in (["-1"], ["3", "3"]):
         refused(capsys, seeds.main([*flags, "--seeds", *numbers]), "--seeds must be different")
     refused(capsys, seeds.main([*flags, "--reward-weight=0"]), "--reward-weight")
-    (out / "student.jsonl").unlink()
-    refused(capsys, figures.main([*flags, "--what=training"]), "student.jsonl")
+    (out / "student.pt").unlink()
+    refused(capsys, figures.main([*flags, "--what=training"]), "no trained student")
 
     monkeypatch.setattr(ractd, "load_data", interrupted)
     assert bench.main(flags) == 130
@@ -277,13 +277,15 @@ def test_bench_writes_every_promised_number(run, monkeypatch, capsys):
     result = read(out / "bench.json")
     teachers = {"teacher_80": 157, "teacher_20": 37, "teacher_10": 17}
     students = {"student_1": 1, "student_2": 2, "student_4": 4}
-    assert result["calls"] == teachers | students | {"onnx_1": 1}
+    by_onnx = {"onnx_teacher_80": 157, "onnx_1": 1}
+    assert result["calls"] == teachers | students | by_onnx
     assert result["score"].keys() == bench.SAMPLERS.keys()
     assert result["score"]["student_1"][0] == pytest.approx(distilled(out)["score_mean"])
     ms = result["action_ms"]
     assert ms.keys() == result["ratio"].keys() == result["calls"].keys()
     assert result["ratio"]["student_1"] == pytest.approx(ms["teacher_80"] / ms["student_1"])
-    assert result["ratio"]["student_1"] > 10
+    assert result["ratio"]["onnx_1"] == pytest.approx(ms["onnx_teacher_80"] / ms["onnx_1"])
+    assert min(result["ratio"][name] for name in ("student_1", "onnx_1")) > 10
     assert result["forward_ms"].keys() == {"teacher", "student"}
     for row in result["train"].values():
         assert 0 < row["network_share"] < 5 and row["steps_per_s"] > 0 and row["batch"] == 8
@@ -292,6 +294,28 @@ def test_bench_writes_every_promised_number(run, monkeypatch, capsys):
     printed = capsys.readouterr().out
     for part in ("onnx_1", "of it in network passes", "bare network call"):
         assert part in printed
+
+
+def test_growth_measures_each_size_in_a_process_of_its_own(run, monkeypatch, capsys):
+    out, flags = run
+    monkeypatch.setattr(bench, "GROWTH", (700, 2100))
+    assert bench.main([*flags, "--what=growth"]) == 0
+    result = read(out / "growth.json")
+    assert list(result) == ["700", "2100"]
+    for row in result.values():
+        assert row["peak_memory_mib"] >= row["before_mib"] > 50 and row["load_s"] > 0
+        assert 0 < row["plain_batch_ms"] < 50 and 0 < row["weighted_batch_ms"] < 50
+    assert "2,100" in capsys.readouterr().out
+
+
+def test_a_teacher_acts_the_same_with_its_network_by_onnx(run):
+    out, _ = run
+    policy = ractd.Policy(ractd.load_checkpoint(out / "teacher.pt", "teacher"))
+    observations = np.ones((3, 11))
+    plans = []
+    for act in (policy.act, bench.onnx_network_act(policy)):
+        plans.append(act(observations, [np.random.default_rng(i) for i in range(3)]))
+    np.testing.assert_allclose(*plans, atol=1e-4)
 
 
 # ---- export.py -----------------------------------------------------------------------------------
