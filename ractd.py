@@ -1037,9 +1037,9 @@ class Policy(nn.Module):
         self.register_buffer("box", checkpoint["box"])
         self.shape = (config.horizon, checkpoint["dims"][1])  # (H, A)
         self.sigmas = karras_sigmas(config.grid_points if self.student else how.teacher_points)
-        levels = [self.sigmas, SIGMA_MIN] if self.student else [self.sigmas]
-        self.register_buffer("embeddings", self.net.embed(*levels))  # of all t, once per policy
         self.rows = {t: row for row, t in enumerate(self.sigmas.tolist())}
+        self.embed_levels()
+        self.net.register_load_state_dict_post_hook(self.embed_levels)
         self.nfe = how.nfe
         self.temperature = how.temperature
         self.calls = how.nfe if self.student else 2 * how.teacher_points - 3
@@ -1058,6 +1058,11 @@ class Policy(nn.Module):
             return torch.from_numpy(np.stack(rows)).to(x.device)
 
         return self(observations, noise).cpu().numpy()
+
+    def embed_levels(self, *_):
+        """Embed all levels t, for a student with k = 0: once, and again with other weights."""
+        levels = [self.sigmas, SIGMA_MIN] if self.student else [self.sigmas]
+        self.register_buffer("embeddings", self.net.embed(*levels), persistent=False)
 
     def network(self, x, t, state, k=None):
         """The network, t a level of the grid, k = 0: (B, H, A) -> (B, H, A)."""
