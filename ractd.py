@@ -254,13 +254,8 @@ def read_hdf5(path, name, source):
     except Exception as error:  # of h5py, numpy or the file system
         raise UserError(f"{path} cannot be read as HDF5 ({error})") from None
     if missing := [key for key in Dataset.KEYS if key not in arrays]:
-        hint = ""
-        if "data" in keys:
-            hint = "; the layout is robomimic's"
-        if "episode_0" in keys:
-            hint = "; the layout is Minari's: give minari:ID"
         lacks = f"lacks the arrays {', '.join(missing)} of D4RL's layout"
-        raise UserError(f"{path} {lacks}; it has {', '.join(keys) or 'nothing'}{hint}")
+        raise UserError(f"{path} {lacks}; it has {', '.join(keys) or 'nothing'}")
     return Dataset(name, source, [np.asarray(x) for x in arrays.values()])
 
 
@@ -1111,11 +1106,9 @@ def simulator(env, data):
     def vector(space):
         return all(map(vector, space.values())) if isinstance(space, Dict) else type(space) is Box
 
-    if type(one.action_space) is not Box:
-        raise UserError(f"{env}: actions are {one.action_space}, no vector of numbers (Box)")
-    if not vector(one.observation_space):
-        what = f"observations are {one.observation_space}"
-        raise UserError(f"{env}: {what}, no vector of numbers (Box)")
+    if type(one.action_space) is not Box or not vector(one.observation_space):
+        spaces = f"observations {one.observation_space}, actions {one.action_space}"
+        raise UserError(f"{env}: {spaces} are not both vectors of numbers (Box)")
     if not (one.spec and one.spec.max_episode_steps):
         how["max_episode_steps"] = max(1000, data["longest"])
         steps = f"{how['max_episode_steps']:,} steps"

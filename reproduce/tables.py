@@ -29,13 +29,16 @@ def read_scores(folder=RESULTS):
 
 
 def print_scores(found):
-    """One Markdown table for each task: the mean over runs, and each of them."""
-    for task, rows in found.items():
-        print(f"\n| {task} | calls | mean | each training seed |\n|---|---|---|---|")
-        for (label, calls), runs in sorted(rows.items()):
+    """A Markdown table: the mean over training seeds, and each of them where there are more."""
+    print(f"| | calls | {' | '.join(found)} |\n|{'---|' * (2 + len(found))}")
+    for label, calls in sorted({row for rows in found.values() for row in rows}):
+        cells = []
+        for rows in found.values():
+            runs = rows.get((label, calls), {})
             each = ", ".join(f"{mean:.1f} ± {sem:.1f}" for mean, sem in runs.values())
-            average = np.mean([mean for mean, _ in runs.values()])
-            print(f"| {label} | {calls} | {average:.1f} | {each} |")
+            average = np.mean([mean for mean, _ in runs.values()]) if runs else None
+            cells.append(f"**{average:.1f}**: {each}" if len(runs) > 1 else each)
+        print(f"| {label} | {calls} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
