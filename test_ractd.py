@@ -1597,7 +1597,10 @@ def test_names_that_the_terminal_cannot_print_are_escaped(trained, tmp_path, mon
 LAYOUTS = {  # the observations of a file, and what is said of it
     "a group": (lambda f: f.create_group("observations/agent"), "lacks the arrays observations"),
     "robomimic": (lambda f: f.create_group("data/demo_0"), ", data"),
-    "minari": (lambda f: [f.create_group(f"episode_{i}") for i in range(3000)], "episode_0, episode_1"),
+    "minari": (
+        lambda f: [f.create_group(f"episode_{i}") for i in range(3000)],
+        "episode_0, episode_1",
+    ),
     "external link": (lambda f: f.update(observations=h5py.ExternalLink("no", "/")), "arrays"),
     "soft link": (lambda f: f.update(observations=h5py.SoftLink("/no")), "arrays"),
     "petabytes": (lambda f: f.create_dataset("observations", (10**15, 11), "f4", chunks=True), ""),

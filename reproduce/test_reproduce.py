@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import ractd
-from reproduce import ablate, baselines, bench, collect, common, export, figures, seeds
+from reproduce import ablate, baselines, bench, collect, common, export, figures, seeds, tables
 
 torch.set_num_threads(1)  # more would round differently
 ENV = "hopper-medium-replay"
@@ -462,6 +462,37 @@ def test_every_seed_is_a_run_of_its_own_and_the_table_has_their_mean_and_worst(r
     forbid_training(monkeypatch)
     forbid_acting(monkeypatch)
     assert seeds.main(flags) == 0 and read(Path("all/seeds.json")) == result
+
+
+def test_the_table_has_means_over_training_seeds_and_the_runs_names(tmp_path, capsys):
+    def score(run, mean, calls=1):
+        path = tmp_path / "a-task" / run / f"score_{calls}.json"
+        metrics = {"method": "RACTD", "calls": calls, "score_mean": mean, "score_sem": 0.5}
+        common.write_json(path, metrics)
+
+    score("seed0", 10.0)
+    score("seed1", 20.0)
+    score("seed0", 30.0, calls=2)
+    score("paper-losses", 5.0)
+    tables.print_scores(tables.read_scores(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| | calls | a-task |"
+    assert lines[2:] == [
+        "| RACTD | 1 | **15.0**: 10.0 ± 0.5, 20.0 ± 0.5 |",
+        "| RACTD | 2 | 30.0 ± 0.5 |",
+        "| paper-losses | 1 | 5.0 ± 0.5 |",
+    ]
+
+
+def test_the_door_is_learnt_and_opened_offline_from_d4rls_own_file(capsys):
+    assert ractd.main(["distill", "--env=door-human", *FLAGS, "--episodes=1"]) == 0
+    out = capsys.readouterr().out
+    assert "door-v0_demos_clipped.hdf5 (D4RL, current version): 6,729 transitions" in out
+    (path,) = Path("runs/door-human").glob("score_*.json")
+    metrics = read(path)
+    assert metrics["lengths"] == [200]
+    score = 100 * (metrics["returns"][0] + 56.512833) / (2880.5693 + 56.512833)
+    assert metrics["score_mean"] == pytest.approx(score)
 
 
 # ---- baselines.py --------------------------------------------------------------------------------
