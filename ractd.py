@@ -82,8 +82,8 @@ def option(default, help, low=None, high=math.inf, choices=None):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-DENOISING = "Eqs. 4, 7: squared error, g(x_t, t, t); paper: pseudo-Huber, G(x_t, t, 0)"
-REWARD_INPUT = "R's input in Eq. 8: one-call plan, or Eq. 7's prediction at every noise level"
+DENOISING = "mean: squared errors, Eq. 7 on g(x_t, t, t); paper: pseudo-Huber, on G(x_t, t, 0)"
+REWARD_INPUT = "what R sees in Eq. 8: the one-call plan, or DSM's prediction at every noise level"
 
 
 @dataclasses.dataclass
@@ -94,29 +94,33 @@ class Config:
     horizon: int = option(16, "H, c in the paper: the number of actions in a plan", 1, 1024)
     network: str = option("small", "size of the U-Net", choices=tuple(NETWORKS))
     denoising: str = option("mean", DENOISING, choices=("mean", "paper"))
-    teacher_steps: int = option(8000, "gradient steps of the teacher", 1, 1e9)
-    teacher_batch: int = option(128, "plans in one of its steps", 1, 100_000)
-    teacher_lr: float = option(1e-3, "its peak learning rate", 1e-9, 1)
+    teacher_steps: int = option(8000, "gradient steps of the teacher", 1, 10**9)
+    teacher_batch: int = option(128, "plans in a teacher step", 1, 100_000)
+    teacher_lr: float = option(1e-3, "peak learning rate of the teacher", 1e-9, 1)
     reward_teacher: bool = option(True, "weight the teacher's windows by their advantage under R")
-    reward_steps: int = option(3000, "gradient steps of the reward model R", 1, 1e9)
-    reward_batch: int = option(256, "transitions in one of its steps", 1, 100_000)
-    reward_lr: float = option(1e-3, "its peak learning rate", 1e-9, 1)
+    reward_steps: int = option(3000, "gradient steps of the reward model R", 1, 10**9)
+    reward_batch: int = option(256, "transitions in a step of R", 1, 100_000)
+    reward_lr: float = option(1e-3, "peak learning rate of R", 1e-9, 1)
     reward_actions: int = option(4, "how many of a plan's first actions R sees", 1, 1024)
     reward_networks: int = option(4, "the number of networks whose mean is R", 1, 64)
     gamma: float = option(0.99, "discount of the return-to-go", 0, 0.9999)
-    student_steps: int = option(1000, "gradient steps of the student", 1, 1e9)
-    student_batch: int = option(64, "plans in one of its steps", 1, 100_000)
-    student_lr: float = option(1e-3, "its peak learning rate", 1e-9, 1)
+    student_steps: int = option(1000, "gradient steps of the student", 1, 10**9)
+    student_batch: int = option(64, "plans in a student step", 1, 100_000)
+    student_lr: float = option(1e-3, "peak learning rate of the student", 1e-9, 1)
     grid_points: int = option(20, "N: noise levels in the grid of t, u and k", 3, 9999)
-    ctm_weight: float = option(1.0, "alpha of Eq. 9", 0, 1e6)
-    dsm_weight: float = option(1.0, "beta of Eq. 9", 0, 1e6)
-    reward_weight: float = option(1.0, "sigma of Eq. 9; 0 trains CTD", 0, 1e6)
+    ctm_weight: float = option(1.0, "alpha of Eq. 9", 0, 10**6)
+    dsm_weight: float = option(1.0, "beta of Eq. 9", 0, 10**6)
+    reward_weight: float = option(
+        1.0, "sigma of Eq. 9; 0 trains CTD; paper presets: as published", 0, 10**6
+    )
     reward_input: str = option("plan", REWARD_INPUT, choices=("plan", "dsm"))
-    trajectories: int = option(128, "teacher trajectories in a student step, 0: none", 0, 100_000)
+    trajectories: int = option(
+        128, "solved teacher trajectories in a student step; 0: none", 0, 100_000
+    )
     temperature: float = option(0.25, "scale of the noise to act from", 0, 100)
     nfe: int = option(1, "network calls of the student per plan", 1, 80)
     teacher_points: int = option(20, "n: points of Heun's method, 2 n - 3 calls", 3, 9999)
-    episodes: int = option(20, "number of evaluation episodes; 0: no evaluation", 0, 1e6)
+    episodes: int = option(20, "number of evaluation episodes; 0: no evaluation", 0, 10**6)
     first_seed: int = option(0, "episode i has the seed first_seed + i", 0, 2**31)
 
 
@@ -129,7 +133,7 @@ STAGE_FIELDS = {
     "reward_weight reward_input trajectories temperature",
 }
 
-# Eqs. 4 to 9 as the paper writes them, but for TARGET_DECAY, at the size of the default
+# Eqs. 4 to 9 as the paper writes them, but for README.md's second table, at the default's size
 PAPER_LOSSES = {"denoising": "paper", "reward_teacher": False, "trajectories": 0}
 PAPER_LOSSES |= {"reward_actions": 1, "reward_networks": 1, "temperature": 1.0}
 # the published sizes, and as many steps as on hopper-medium-replay
@@ -142,7 +146,7 @@ PRESETS = {"default": {}, "paper-losses": PAPER_LOSSES, "paper": PAPER}
 # ---- 2. Data: logged episodes -> windows of H actions, and returns-to-go -------------------------
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
-# the SHA-256 of its files start so; any other version is used as well
+# how the SHA-256 of its files begin; any other version is used as well
 D4RL_VERSIONS = {
     "current": "5bdf1bc4 e121c5f7 9d51ad87 cf00f43a e75de96a 6b8d7f86 41324e84 48d494a4 015db75d "
     "9df6345e",
@@ -150,7 +154,7 @@ D4RL_VERSIONS = {
 }
 ASSETS = Path(__file__).parent / "assets"
 DOOR = "door-v0_demos_clipped.hdf5"  # D4RL's own, CC BY 4.0
-BUNDLED = ASSETS / "hopper-medium-replay-sac.hdf5"  # for want of a network
+BUNDLED = ASSETS / "hopper-medium-replay-sac.hdf5"  # where D4RL's cannot be downloaded
 
 
 class Dataset:
@@ -184,7 +188,7 @@ class Dataset:
         self.terminated = terminals[self.ends] != 0
 
     def summary(self):
-        """Name, undiscounted episode returns and a fingerprint, as plain values."""
+        """Name, counts, mean and best return and a fingerprint, as plain values."""
         returns = np.add.reduceat(self.rewards.astype(np.float64), self.begins)
         sha256 = hashlib.sha256()
         for x in (self.observations, self.actions, self.rewards, self.ends, self.terminated):
@@ -232,7 +236,7 @@ def load_dataset(env, data=""):
                 return read_hdf5(path, path.name, f"D4RL, {version} version")
         print(f"{path} is of a version that this program does not know: SHA-256 {sha256}")
         return read_hdf5(path, path.name, f"D4RL, version {sha256[:8]}")
-    # without a network
+    # neither there nor downloaded
     if env != "hopper-medium-replay" or not BUNDLED.exists():
         recipe = f"make it by D4RL's recipe, python -m reproduce.collect --env {env}"
         raise UserError(f"no data for {env}: put the file there, or give --data FILE, or {recipe}")
@@ -269,8 +273,9 @@ def read_minari(dataset_id):
         for e in minari.load_dataset(dataset_id, download=missing).iterate_episodes():
             # there is one observation more than actions: the last one, on which nobody acted
             observations = flat(e.observations, len(e) + 1)[:-1]
-            e.truncations[-1] = True  # also where it was cut off
-            rows.append((observations, e.actions, e.rewards, e.terminations, e.truncations))
+            truncations = np.array(e.truncations)
+            truncations[-1] = True  # also where it was cut off
+            rows.append((observations, e.actions, e.rewards, e.terminations, truncations))
         columns = [np.concatenate([row[i] for row in rows]) for i in range(5)]
     except Exception as error:  # whatever a network library raises, too
         hint = "Box spaces? network? pip install 'minari[hf,gcs]'?"
@@ -313,7 +318,7 @@ def fit_range(x):
 
 
 def encode(x, table):
-    """Raw (..., D) -> normalised (..., D), at most 3: thrice as far out as the data ever were."""
+    """Raw (..., D) -> normalised (..., D), clamped to three times the range of the data."""
     centre, half = table
     return torch.where(half > 0, (x - centre) / half, 0.0).clamp(-3, 3)
 
@@ -590,7 +595,7 @@ class RewardModel(nn.Module):
     """R: state (B, S), plan (B, H, A), its first `actions` -> scaled return-to-go (B,).
 
     The mean of `networks` networks; the paper has one, and one action. V is the soft value of a
-    state, for section 7 alone.
+    state, which section 7 alone uses.
     """
 
     def __init__(self, state_dim, action_dim, actions=1, networks=1):
@@ -615,7 +620,7 @@ class RewardModel(nn.Module):
 def student_jump(net, x, t, k, state):
     """G(x, t, k) = (k/t) x + (1 - k/t) g(x, t, k), Eq. 6's jump from t to k <= t in one call.
 
-    x (B, H, A); t, k floats or (B,); state (B, S) -> (B, H, A): x if k = t, g if k = 0.
+    x (B, H, A); t, k floats or (B,); state (B, S) -> (B, H, A): x if k = t, nearly g if k is small.
     """
     g = denoise(net, x, t, state, k)
     return torch.lerp(g, x, expand(k / t))
@@ -694,7 +699,7 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
 
     # Eq. 8: reward, on the one-call plan G(x_T, T, 0) from the noise that the policy acts from
     reward = 0.0
-    if reward_model:
+    if reward_model is not None:
         plan = prediction
         if config.reward_input == "plan":
             x_T = config.temperature * SIGMA_MAX * torch.randn_like(x0)
@@ -704,7 +709,7 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
     # Eq. 9
     loss = config.ctm_weight * ctm + config.dsm_weight * dsm + config.reward_weight * reward
     info = {"ctm": ctm.detach(), "dsm": dsm.detach()}
-    if reward_model:
+    if reward_model is not None:
         info["R"] = -reward.detach()
     return loss, info
 
@@ -713,8 +718,8 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
 def student_sample(jump, x_T, sigmas, nfe=1, noise=torch.randn_like):
     """xhat_0 = G(x_T, T, 0), the policy's one network call; optionally nfe - 1 refinements.
 
-    jump: callable (x, t, k) -> x, t and k floats; x_T (B, H, A): noise of scale T; sigmas (n,);
-    noise: callable, x -> N(0, 1) like x, or cooler. Refinement i starts at sigmas[ceil(i n / nfe)].
+    jump: callable (x, t, k) -> x, t and k floats; x_T (B, H, A): noise of scale T, or cooler;
+    sigmas (n,); noise: callable, x -> N(0, 1) like x, or cooler. Refinement i starts at sigmas[ceil(i n / nfe)].
     """
     *levels, smin = sigmas.tolist()
     x = jump(x_T, levels[0], smin)
@@ -927,7 +932,7 @@ def train_step(net, average, optimizer, loss_fn, decay):
 def mean_of(infos, stage, step):
     """Means of the last steps' infos -> {name: float}, or UserError if one is not finite."""
     means = {name: float(sum(info[name] for info in infos)) / len(infos) for name in infos[0]}
-    for name, mean in means.items():  # the only point that waits for CUDA is the line above
+    for name, mean in means.items():
         if not math.isfinite(mean):
             where = f"between steps {step - len(infos):,} and {step:,}"
             raise UserError(f"{stage}: {name} is {mean} {where}; try a smaller learning rate")
@@ -936,7 +941,7 @@ def mean_of(infos, stage, step):
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that gets Ctrl-C and SIGTERM, which else would end a step halfway."""
+    """A list that gets Ctrl-C and SIGTERM, which would otherwise end a step halfway."""
     received = []
     with contextlib.ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():  # handlers belong to it
@@ -968,6 +973,7 @@ def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_de
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"].cpu())
+        torch.cuda.set_rng_state_all([x.cpu() for x in saved["cuda_rng"]])
         print(f"{stage}: goes on from step {state['step']:,} of {steps:,}")
 
     step = state["step"]
@@ -1003,7 +1009,8 @@ def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_de
                     mean_of(infos, stage, step)
                 state |= {"step": step, "seconds": state["seconds"] + now - saved_at}
                 state |= {name: part.state_dict() for name, part in parts.items()}
-                state |= {"rng": torch.get_rng_state(), "stage": stage, "format": FORMAT}
+                state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+                state |= {"stage": stage, "format": FORMAT}
                 with replacing(path) as f:
                     torch.save(meta | state, f)
                 saved_at = now
@@ -1094,7 +1101,7 @@ def simulator(env, data):
             import minari
 
             stored = minari.load_dataset(data["name"])
-            # a set may come from anywhere: its registered name is used, its entry point is not called
+            # a set may come from anywhere: its name is used, its entry point is not called
             if spec := stored._eval_env_spec or stored.env_spec:  # the first has no public name
                 gym_id = spec.id
                 how = {**spec.kwargs, "max_episode_steps": spec.max_episode_steps}
@@ -1331,7 +1338,7 @@ def act_again(run):
         check_compatible(path, saved, {"env": run.env})
     if saved["step"] < saved["steps"]:
         print(f"{path} is half trained: {saved['step']:,} of {saved['steps']:,} steps")
-    if run.temperature is None:  # not given: as its preset meant it
+    if run.temperature is None:  # not given: as it was trained
         run.config.temperature = saved["config"]["temperature"]
     evaluate_and_report(saved, run.config, run.out, run.device)
 
@@ -1342,7 +1349,7 @@ COMMANDS = {
     "data": "fetch the dataset and print what is in it",
     "reward": "train the reward model R, a return-to-go",
     "teacher": "train the EDM diffusion teacher, Eq. 4, and first the R that weights its windows",
-    "distill": "train what is missing of the above, then the student, Eq. 9, and score it",
+    "distill": "train what is missing of R and teacher, then the student, Eq. 9, and score it",
     "evaluate": "score a saved student or teacher",
 }
 TRAINING = f"env data out device preset {STAGE_FIELDS['reward']}"
@@ -1359,7 +1366,7 @@ FLAGS = {  # those that are no fields of Config
     "out": {"help": "folder for all that is written (default: runs/<env>)"},
     "device": {"help": "cpu, cuda, cuda:1, ... (default: cpu)"},
     "preset": {
-        "help": "paper-losses: Eqs. 4 to 9, a plain teacher; paper: its sizes, too (default: default)",
+        "help": "paper-losses: Eqs. 4 to 9, plain teacher; paper: also its sizes (default: default)",
         "choices": PRESETS,
     },
     "model": {"help": "who acts (default: student)", "choices": ("student", "teacher")},
