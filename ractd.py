@@ -719,7 +719,8 @@ def student_sample(jump, x_T, sigmas, nfe=1, noise=torch.randn_like):
     """xhat_0 = G(x_T, T, 0), the policy's one network call; optionally nfe - 1 refinements.
 
     jump: callable (x, t, k) -> x, t and k floats; x_T (B, H, A): noise of scale T, or cooler;
-    sigmas (n,); noise: callable, x -> N(0, 1) like x, or cooler. Refinement i starts at sigmas[ceil(i n / nfe)].
+    sigmas (n,); noise: callable, x -> N(0, 1) like x, or cooler. Refinement i starts at
+    sigmas[ceil(i n / nfe)].
     """
     *levels, smin = sigmas.tolist()
     x = jump(x_T, levels[0], smin)
@@ -1366,7 +1367,7 @@ FLAGS = {  # those that are no fields of Config
     "out": {"help": "folder for all that is written (default: runs/<env>)"},
     "device": {"help": "cpu, cuda, cuda:1, ... (default: cpu)"},
     "preset": {
-        "help": "paper-losses: Eqs. 4 to 9, plain teacher; paper: also its sizes (default: default)",
+        "help": "paper-losses: Eqs. 4 to 9, plain teacher; paper: its sizes, too (default: none)",
         "choices": PRESETS,
     },
     "model": {"help": "who acts (default: student)", "choices": ("student", "teacher")},
