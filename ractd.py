@@ -654,9 +654,9 @@ def ctm_loss(jump, frozen_jump, denoiser, x_t, t, u, k, smin=SIGMA_MIN, distance
 def dsm_loss(prediction, x0, t, distance=squared):
     """Eq. 7: w(t) d(x0, prediction of x0 from x_t), mean over the batch -> scalar.
 
-    prediction (B, H, A): --denoising mean: g(x_t, t, t), the student as a denoiser, as in Kim et
-    al. 2024, with the squared error in Eqs. 4 and 7; paper: G(x_t, t, 0), Eq. 7 to the letter, with
-    the pseudo-Huber distance. That asks the end of one ODE path, Eq. 5's, to be a mean or a median.
+    prediction (B, H, A): --denoising mean: g(x_t, t, t), the student as a denoiser (Kim et al.
+    2024), with the squared error; paper: G(x_t, t, 0), Eq. 7 to the letter, with the pseudo-Huber
+    distance, which asks Eq. 5's end of one ODE path to be a median of all plans.
     """
     return (edm_weight(t) * distance(prediction, x0)).mean()
 
@@ -664,9 +664,9 @@ def dsm_loss(prediction, x0, t, distance=squared):
 def reward_loss(reward_model, state, plan):
     """Eq. 8: -R(s_n, a_n), mean over the batch -> scalar.
 
-    reward_model: callable (state (B, S), plan (B, H, A)) -> (B,). --reward-input plan: the
-    student's one-call plan, as the paper's text has it; dsm: its prediction in Eq. 7, at every
-    noise level, as released. Clipped to [-1, 1], the range of the data, as R has seen no other.
+    reward_model: callable (state (B, S), plan (B, H, A)) -> (B,). plan: the student's one-call
+    plan (the paper's text), or Eq. 7's prediction at every noise level (released); clipped to the
+    range of the data, as R has seen no other.
     """
     return -reward_model(state, plan.clamp(-1, 1)).mean()
 
@@ -743,8 +743,7 @@ def advantage_weight(reward, value, scale=ADVANTAGE_SCALE, cap=5.0):
 
     reward, value (B,): R(s, x0) and V(s) = log E[exp(scale R) | s] / scale -> (B,), mean 1 in each
     state. But for the cap, plans drawn so have the density p(x0 | s) exp(scale R) / Z(s), the q of
-    the largest E_q[R] - KL(q || p) / scale; Eqs. 4 to 7 learn it as they are: a "reward teacher" of
-    the paper's Table 5, without a gradient through R, which is wrong outside the data.
+    the largest E_q[R] - KL(q || p) / scale, and Eqs. 4 to 7 learn that as they are.
     """
     return (scale * (reward - value)).clamp(max=cap).exp()
 
@@ -1026,7 +1025,8 @@ def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_de
 class Policy(nn.Module):
     """A loaded teacher.pt or student.pt, acting: raw observations in, raw plans out.
 
-    how: Config, of which nfe, teacher_points, temperature count; calls: network calls per plan.
+    how: a Config, whose nfe, teacher_points and temperature are used; None: one call, and the
+    temperature of training. self.calls: network calls per plan.
     """
 
     def __init__(self, checkpoint, how=None, device="cpu"):
