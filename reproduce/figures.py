@@ -103,7 +103,7 @@ def record(run, out):
     policy = ractd.Policy(saved, how, run.device)
     make = ractd.simulator(run.env, saved["dataset"])
     options = {"render_mode": "rgb_array"}
-    if run.env in ractd.ENVS:  # this camera goes along with the body
+    if run.env in ractd.ENVS and run.env != "door-human":  # this camera goes along with the body
         options |= {"width": SIDE, "height": SIDE, "camera_name": "track"}
     try:
         env = RenderCollection(make(**options), pop_frames=False)
