@@ -491,9 +491,9 @@ def warm_start(student, teacher):
 # ---- 4. EDM teacher (RACTD Eq. 4; Karras et al. 2022) --------------------------------------------
 
 
-def karras_sigmas(n=80, smin=SIGMA_MIN, smax=SIGMA_MAX, rho=7.0, device="cpu"):
+def karras_sigmas(n=80, smin=SIGMA_MIN, smax=SIGMA_MAX, rho=7.0):
     """The noise grid, descending from smax to smin: (n,) float64 (Karras et al. 2022, Eq. 5)."""
-    ramp = torch.linspace(0, 1, n, dtype=torch.float64, device=device)
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     sigmas = (smax ** (1 / rho) + ramp * (smin ** (1 / rho) - smax ** (1 / rho))) ** rho
     return sigmas.round(decimals=12)  # no rounding error at the ends
 
@@ -697,7 +697,7 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
         prediction = denoise(student, x_t, t, state, k=t)  # g(x_t, t, t)
         dsm = dsm_loss(prediction, x0, t)
 
-    # Eq. 8: reward, on the one-call plan G(x_T, T, 0) from the noise that the policy acts from
+    # Eq. 8: reward, of the one-call plan G(x_T, T, 0) from the noise to act from, or of Eq. 7's
     reward = 0.0
     if reward_model is not None:
         plan = prediction
@@ -848,7 +848,7 @@ def teacher_stage(config, batches, reward=None):
 
 
 def student_stage(config, batches, teacher, reward=None):
-    """The student and loss_fn(net, average): Eq. 9 on the teacher's windows, its trajectories."""
+    """The student and loss_fn(net, average): Eq. 9, and section 7's trajectories."""
     student = make_network("student", config, batches.dims).to(batches.obs.device)
     warm_start(student, teacher)
     sums = advantage_sums(batches, reward) if config.reward_teacher else None
