@@ -111,11 +111,11 @@ class Config:
     ctm_weight: float = option(1.0, "alpha of Eq. 9", 0, 10**6)
     dsm_weight: float = option(1.0, "beta of Eq. 9", 0, 10**6)
     reward_weight: float = option(
-        1.0, "sigma of Eq. 9; 0 trains CTD; paper presets: as published", 0, 10**6
+        0.3, "sigma of Eq. 9; 0 trains CTD; paper presets: as published", 0, 10**6
     )
     reward_input: str = option("plan", REWARD_INPUT, choices=("plan", "dsm"))
     trajectories: int = option(
-        128, "solved teacher trajectories in a student step; 0: none", 0, 100_000
+        192, "solved teacher trajectories in a student step; 0: none", 0, 100_000
     )
     temperature: float = option(0.25, "scale of the noise to act from", 0, 100)
     nfe: int = option(1, "network calls of the student per plan", 1, 80)
@@ -205,7 +205,6 @@ def load_dataset(env, data=""):
         return read_minari(data.removeprefix("minari:"))
     if data:
         return read_hdf5(Path(data), Path(data).name, "file, not D4RL's")
-    # D4RL's file, downloaded if need be
     folder = os.environ.get("D4RL_DATASET_DIR") or os.path.expanduser("~/.d4rl/datasets")
     if folder.startswith("~"):
         raise UserError("there is no home folder; set D4RL_DATASET_DIR, or give --data FILE")
@@ -214,34 +213,43 @@ def load_dataset(env, data=""):
     if env == "door-human":
         path = ASSETS / DOOR if (ASSETS / DOOR).exists() else Path(folder) / DOOR
         url = f"{D4RL_URL}hand_dapg/{DOOR}"
-    if not path.exists():
-        try:
-            with urllib.request.urlopen(url, timeout=20) as answer, replacing(path) as f:
-                length = int(answer.headers["Content-Length"] or 0)
-                print(f"downloading {url} to {folder}", flush=True)
-                while block := answer.read(2**24):
-                    f.write(block)
-                    print(f"{f.tell() / 1e6:.0f} of {length / 1e6:.0f} MB", flush=True)
-                if f.tell() < length:
-                    raise OSError(f"cut off after {f.tell():,} of {length:,} bytes")
-        except Exception as error:  # of the network, HTTP or the file system
-            if type(error) is not urllib.error.URLError:  # no network, in all its forms
-                raise UserError(f"{url} cannot be downloaded ({error}); give --data FILE") from None
-            print(f"{path.name} is not in {folder} and cannot be downloaded ({error.reason}).")
-    if path.exists():
-        with open(path, "rb") as f:
-            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-        for version, known in D4RL_VERSIONS.items():
-            if sha256[:8] in known:
-                return read_hdf5(path, path.name, f"D4RL, {version} version")
-        print(f"{path} is of a version that this program does not know: SHA-256 {sha256}")
-        return read_hdf5(path, path.name, f"D4RL, version {sha256[:8]}")
-    # neither there nor downloaded
+    if path.exists() or download(url, path):
+        return read_hdf5(path, path.name, d4rl_version(path))
     if env != "hopper-medium-replay" or not BUNDLED.exists():
         recipe = f"make it by D4RL's recipe, python -m reproduce.collect --env {env}"
         raise UserError(f"no data for {env}: put the file there, or give --data FILE, or {recipe}")
     print(f"In its place: {BUNDLED.name}, of one SAC run: not comparable with the paper's.")
     return read_hdf5(BUNDLED, BUNDLED.name, "bundled, not D4RL's")
+
+
+def download(url, path):
+    """Fetch a file -> whether there is a network; UserError if it answers otherwise than it should."""
+    try:
+        with urllib.request.urlopen(url, timeout=20) as answer, replacing(path) as f:
+            length = int(answer.headers["Content-Length"] or 0)
+            print(f"downloading {url} to {path.parent}", flush=True)
+            while block := answer.read(2**24):
+                f.write(block)
+                print(f"{f.tell() / 1e6:.0f} of {length / 1e6:.0f} MB", flush=True)
+            if f.tell() < length:
+                raise OSError(f"cut off after {f.tell():,} of {length:,} bytes")
+    except Exception as error:  # of the network, HTTP or the file system
+        if type(error) is not urllib.error.URLError:  # no network, in all its forms
+            raise UserError(f"{url} cannot be downloaded ({error}); give --data FILE") from None
+        print(f"{path.name} is not in {path.parent} and cannot be downloaded ({error.reason}).")
+        return False
+    return True
+
+
+def d4rl_version(path):
+    """The version of one of D4RL's files, which its score is printed and saved with."""
+    with open(path, "rb") as f:
+        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+    for version, known in D4RL_VERSIONS.items():
+        if sha256[:8] in known:
+            return f"D4RL, {version} version"
+    print(f"{path} is of a version that this program does not know: SHA-256 {sha256}")
+    return f"D4RL, version {sha256[:8]}"
 
 
 def read_hdf5(path, name, source):
@@ -776,25 +784,33 @@ def advantage_sums(batches, reward_model):
 
 
 @torch.no_grad()
-def teacher_ends(teacher, state, x_T, n=12, batch=1024):
-    """Where the teacher's trajectories from x_T (N, H, A) in states (N, S) end: (N, H, A).
+def teacher_trajectories(teacher, state, x_T, sigmas, scale, batch=512):
+    """Solved trajectories of the teacher: x_t (2 N, H, A), t (2 N,), end (2 N, H, A).
 
-    By Heun's method of n points; solved once, before the student's training, in large batches.
+    The first N start from x_T (N, H, A) in states (N, S), the others where a second call of the
+    student does: at levels of its grid sigmas, from those ends with new noise of this scale. Solved
+    once, before the student's training, by Heun's method in large batches.
     """
-    ends = []
-    for s_n, x in zip(state.split(batch), x_T.split(batch), strict=True):
+    first = []
+    second = []
+    levels = itertools.cycle(sigmas[1:-1].tolist())
+    for s_n, x, t in zip(state.split(batch), x_T.split(batch), levels, strict=False):
         denoiser = lambda x, t, s_n=s_n: denoise(teacher, x, t, s_n)
-        ends.append(heun_sample(denoiser, x, karras_sigmas(n)))
-    return torch.cat(ends)
+        end = heun_sample(denoiser, x, karras_sigmas(12))
+        first.append((x, x.new_full((len(x),), SIGMA_MAX), end))
+        x = end + math.sqrt(t**2 - SIGMA_MIN**2) * scale * torch.randn_like(end)
+        end = heun_sample(denoiser, x, karras_sigmas(8, smax=t))
+        second.append((x, x.new_full((len(x),), t), end))
+    return [torch.cat(column) for column in zip(*first, *second, strict=True)]
 
 
-def trajectory_loss(student, state, x_T, end):
-    """d(G(x_T, T, 0), the end of the teacher's trajectory from x_T), mean over the batch -> scalar.
+def trajectory_loss(student, state, x_t, t, end):
+    """d(G(x_t, t, 0), the end of the teacher's trajectory from x_t), mean over the batch -> scalar.
 
-    Eq. 5 for u = k = 0 (Kim et al. 2024 draw u freely): the one jump that acts is not taught by a
-    chain of small ones alone. state (B, S); x_T, end (B, H, A): by `teacher_ends`.
+    Eq. 5 for u = k = 0 (Kim et al. 2024 draw u freely): the jumps that act are not taught by chains
+    of small ones alone. state (B, S); x_t, end (B, H, A); t (B,): of `teacher_trajectories`.
     """
-    plan = student_jump(student, x_T, SIGMA_MAX, SIGMA_MIN, state)
+    plan = student_jump(student, x_t, t, torch.full_like(t, SIGMA_MIN), state)
     return pseudo_huber(plan, end).mean()
 
 
@@ -853,20 +869,22 @@ def student_stage(config, batches, teacher, reward=None):
     warm_start(student, teacher)
     sums = advantage_sums(batches, reward) if config.reward_teacher else None
     reward_in_loss = reward if config.reward_weight else None  # Eq. 8
-    solved = None
     if config.trajectories:
         count = min(TRAJECTORIES, config.trajectories * config.student_steps)
         print(f"student: solves {count:,} trajectories of the teacher", flush=True)
-        state, x0 = batches.windows(count, sums)
+        states, x0 = batches.windows(count, sums)
         x_T = config.temperature * SIGMA_MAX * torch.randn_like(x0)
-        solved = state, x_T, teacher_ends(teacher, state, x_T)
+        sigmas = karras_sigmas(config.grid_points)
+        solved = teacher_trajectories(teacher, states, x_T, sigmas, config.temperature)
 
     def loss_fn(net, average):
         state, x0 = batches.windows(config.student_batch, sums)
         loss, info = distillation_loss(net, average, teacher, reward_in_loss, state, x0, config)
-        if solved:
-            drawn = torch.randint(count, (config.trajectories,), device=state.device)
-            path = trajectory_loss(net, *(column[drawn] for column in solved))
+        if config.trajectories:
+            drawn = torch.randint(count, (config.trajectories,), device=x0.device)
+            state = states[drawn]
+            drawn[config.trajectories * 2 // 3 :] += count  # a third of a second call
+            path = trajectory_loss(net, state, *(column[drawn] for column in solved))
             loss = loss + config.ctm_weight * path
             info["path"] = path.detach()
         return loss, info
@@ -1025,27 +1043,26 @@ def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_de
 class Policy(nn.Module):
     """A loaded teacher.pt or student.pt, acting: raw observations in, raw plans out.
 
-    how: a Config, whose nfe, teacher_points and temperature are used; None: one call, and the
-    temperature of training. self.calls: network calls per plan.
+    nfe: calls of a student; teacher_points: of a teacher's Heun; temperature: None as in training.
+    self.calls: network calls per plan.
     """
 
-    def __init__(self, checkpoint, how=None, device="cpu"):
+    def __init__(self, checkpoint, nfe=1, teacher_points=20, temperature=None, device="cpu"):
         super().__init__()
         config = Config(**checkpoint["config"])
-        how = how or Config(temperature=config.temperature)
         self.student = checkpoint["stage"] == "student"
         self.net = load_network(checkpoint)
         self.register_buffer("obs_table", checkpoint["normalizer"]["obs"])
         self.register_buffer("action_table", checkpoint["normalizer"]["action"])
         self.register_buffer("box", checkpoint["box"])
         self.shape = (config.horizon, checkpoint["dims"][1])  # (H, A)
-        self.sigmas = karras_sigmas(config.grid_points if self.student else how.teacher_points)
+        self.sigmas = karras_sigmas(config.grid_points if self.student else teacher_points)
         self.rows = {t: row for row, t in enumerate(self.sigmas.tolist())}
         self.embed_levels()
         self.net.register_load_state_dict_post_hook(self.embed_levels)
-        self.nfe = how.nfe
-        self.temperature = how.temperature
-        self.calls = how.nfe if self.student else 2 * how.teacher_points - 3
+        self.nfe = nfe
+        self.temperature = config.temperature if temperature is None else temperature
+        self.calls = nfe if self.student else 2 * teacher_points - 3
         self.to(device)
 
     @torch.inference_mode()  # a sixth faster at batch 1 than no_grad
@@ -1187,7 +1204,8 @@ def evaluate_and_report(checkpoint, config, out, device="cpu"):
     data = checkpoint["dataset"]
     n = config.episodes
     first = config.first_seed
-    policy = Policy(checkpoint, config, device)
+    how = {"nfe": config.nfe, "teacher_points": config.teacher_points}
+    policy = Policy(checkpoint, **how, temperature=config.temperature, device=device)
     method = method_name(checkpoint)
     print(f"evaluation: {n} episodes, {policy.calls} network call(s) per plan", flush=True)
     result = evaluate(policy.act, simulator(env, data), n, first)

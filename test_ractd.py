@@ -647,34 +647,47 @@ def exact_network(x, t, state, k=None):
     """The network F of the exact denoiser and, with a k, of the exact jump for N(0, SD^2)."""
     c_skip, c_out, c_in = ractd.precondition(t)
     x = x / expand(c_in)
-    clean = exact(x, t) if k is None else (exact_jump(x, t, k) - k / t * x) / (1 - k / t)
+    clean = exact(x, t)
+    if k is not None:
+        share = expand(k / t)
+        clean = (exact_jump(x, t, k) - share * x) / (1 - share)
     return (clean - expand(c_skip) * x) / expand(c_out)
 
 
 def test_trajectories_end_where_the_exact_jump_does_but_for_heuns_error():
+    """From x_T, and from what a second call of the student starts from."""
     torch.manual_seed(0)
-    x_T = 20 * torch.randn(2500, 4, 1).double()
-    state = torch.zeros(2500, 1)
-    truth = exact_jump(x_T, 80.0, 0.02)
-    coarse, fine = (ractd.teacher_ends(exact_network, state, x_T, n) for n in (12, 80))
-    assert 0 < (fine - truth).abs().max() < (coarse - truth).abs().max() / 10
+    x_T = 20 * torch.randn(1500, 4, 1).double()
+    state = torch.zeros(1500, 1)
+    sigmas = torch.tensor([80.0, 9.0, 0.5, 0.02])
+    x, t, end = ractd.teacher_trajectories(exact_network, state, x_T, sigmas, 0.25)
+    truth = exact_jump(x, t, torch.full_like(t, 0.02))
+    error = (end - truth).square().mean().sqrt()
+    assert 0 < error < 0.1 * truth.std()
+    assert torch.equal(x[:1500], x_T) and (t[:1500] == 80).all()
+    assert t[1500:].tolist() == [9.0] * 512 + [0.5] * 512 + [9.0] * 476
+    noise = (x[1500:] - end[:1500]) / expand((t[1500:] ** 2 - 0.02**2).sqrt())
+    assert noise.std().item() == pytest.approx(0.25, rel=0.05)
+    assert abs(torch.corrcoef(torch.stack([noise.flatten(), x_T.flatten()]))[0, 1]) < 0.05
 
     # each in its own state, whatever the batch
-    shift = torch.randn(2500, 1).double()
+    shift = torch.randn(1500, 1).double()
     net = lambda x, t, state, k: exact_network(x, t, state) + expand(state[:, 0])
-    one = ractd.teacher_ends(net, shift[[1700]], x_T[[1700]])
-    assert torch.allclose(ractd.teacher_ends(net, shift, x_T)[[1700]], one)
+    _, _, end = ractd.teacher_trajectories(net, shift, x_T, sigmas, 0.0)
+    _, _, one = ractd.teacher_trajectories(net, shift[[700]], x_T[[700]], sigmas, 0.0)
+    assert torch.allclose(end[700], one[0])
 
 
-def test_the_trajectory_loss_is_the_distance_of_the_one_call_plan_from_the_end():
+def test_the_trajectory_loss_is_the_distance_of_the_jump_to_0_from_the_end():
     torch.manual_seed(0)
-    x_T = 20 * torch.randn(50, 4, 1).double()
-    end = exact_jump(x_T, 80.0, 0.02)
-    perfect = ractd.trajectory_loss(exact_network, None, x_T, end)
+    t = torch.tensor([80.0, 40.0] * 25, dtype=torch.float64)
+    x_t = 20 * torch.randn(50, 4, 1).double()
+    end = exact_jump(x_t, t, torch.full_like(t, 0.02))
+    perfect = ractd.trajectory_loss(exact_network, None, x_t, t, end)
     assert perfect.item() == pytest.approx(0, abs=1e-9)
     shift = torch.tensor(0.3, requires_grad=True)
     net = lambda x, t, state, k: exact_network(x, t, state, k) + 2 * shift
-    loss = ractd.trajectory_loss(net, None, x_T, end)  # c_out is nearly 1/2 there
+    loss = ractd.trajectory_loss(net, None, x_t, t, end)  # c_out is nearly 1/2 there
     assert loss.item() == pytest.approx(0.3 * math.sqrt(4), rel=0.02)
     loss.backward()
     assert shift.grad.item() == pytest.approx(math.sqrt(4), rel=0.02)
@@ -684,23 +697,29 @@ def test_trajectories_start_where_the_policy_does_and_belong_to_the_ctm_loss(mon
     torch.manual_seed(0)
     batches = ractd.Batches(episodes(8), horizon=8)
     teacher = frozen(ractd.make_network("teacher", Config(), batches.dims))
-    solved = record(monkeypatch, "teacher_ends")
+    solved = record(monkeypatch, "teacher_trajectories")
     calls = record(monkeypatch, "trajectory_loss")
     how = {"horizon": 8, "reward_teacher": False, "temperature": 0.5, "student_steps": 5}
     config = Config(**how, trajectories=12, ctm_weight=2.0, dsm_weight=0.0)
     student, loss_fn = ractd.student_stage(config, batches, teacher)
     loss, info = loss_fn(student, student)
-    ((_, states, x_T), *_) = solved
-    ((net, state, start, end),) = calls
+    ((_, states, x_T, sigmas, scale),) = solved
+    ((net, state, start, t, end),) = calls
     assert len(x_T) == 60 and x_T.std().item() == pytest.approx(40, rel=0.1)
-    assert net is student and len(start) == 12
-    drawn = [(x_T == x).flatten(1).all(1).nonzero().item() for x in start]
-    assert len(set(drawn)) > 6 and torch.equal(states[drawn], state)
-    assert torch.allclose(ractd.teacher_ends(teacher, state, start), end, atol=1e-4)
+    assert torch.equal(sigmas, karras_sigmas(20)) and scale == 0.5
+    assert net is student and len(start) == len(end) == 12
+    assert (t[:8] == 80).all() and set(t[8:].tolist()) <= set(sigmas[1:-1].float().tolist())
+    drawn = [(x_T == x).flatten(1).all(1).nonzero().item() for x in start[:8]]
+    assert len(set(drawn)) > 4 and torch.equal(states[drawn], state[:8])
+    for s_n, x, level, x_0 in zip(state, start, t.tolist(), end, strict=True):
+        n = 12 if level == 80 else 8
+        denoiser = lambda x, t, s_n=s_n: denoise(teacher, x, t, s_n[None])
+        expected = ractd.heun_sample(denoiser, x[None], karras_sigmas(n, smax=level))
+        assert torch.allclose(x_0, expected[0], atol=1e-4)
     assert loss.item() == pytest.approx(2 * (info["ctm"] + info["path"]).item(), rel=1e-5)
     config.trajectories = 0
     student, loss_fn = ractd.student_stage(config, batches, teacher)
-    assert len(solved) == 2 and "path" not in loss_fn(student, student)[1]
+    assert len(solved) == 1 and "path" not in loss_fn(student, student)[1]
 
 
 # ---- two modes: Figure 3 in miniature ------------------------------------------------------------
@@ -757,15 +776,17 @@ def toy(tmp_path_factory):
         net = UNet1d(1, 1, **TOY, student=True)
         ractd.warm_start(net, teacher)
         x_T = 80 * torch.randn(2048, 4, 1)
-        end = ractd.teacher_ends(teacher, torch.zeros(2048, 1), x_T)
+        states = torch.zeros(2048, 1)
+        solved = ractd.teacher_trajectories(teacher, states, x_T, karras_sigmas(20), 1.0)
 
         def loss_fn(net, average):
             x0, _ = draw(weights)
             nets = (net, average, teacher, reward_model)
             loss, info = ractd.distillation_loss(*nets, state, x0, config)
             if trajectories:
-                drawn = torch.randint(2048, (128,))
-                loss = loss + ractd.trajectory_loss(net, state, x_T[drawn], end[drawn])
+                drawn = torch.randint(4096, (128,))
+                columns = [column[drawn] for column in solved]
+                loss = loss + ractd.trajectory_loss(net, state, *columns)
             return loss, info
 
         net = train(net, loss_fn, 200, lr=2e-3, target_decay=0.9)
@@ -1353,7 +1374,7 @@ def test_a_policy_is_the_plain_calls_with_the_averaged_weights(trained, stage, n
     checkpoint = loaded(trained.out, stage)
     del checkpoint["net"]
     checkpoint["box"] = torch.tensor([[-0.5] * 3, [0.4] * 3])
-    policy = ractd.Policy(checkpoint, Config(nfe=nfe, teacher_points=5, temperature=0.5))
+    policy = ractd.Policy(checkpoint, nfe, teacher_points=5, temperature=0.5)
     observations = torch.randn(5, 11)
     z = torch.randn(5, 8, 3)
     state = ractd.encode(observations, checkpoint["normalizer"]["obs"])

@@ -1,4 +1,4 @@
-"""TD3+BC and IQL on the same data, by d3rlpy: what RACTD's scores are compared with.
+"""TD3+BC, IQL and behaviour cloning on the same data, by d3rlpy: what RACTD's scores are compared with.
 
     python -m reproduce.baselines --env hopper-medium-replay --algorithm iql [--data FILE]
 
@@ -29,7 +29,7 @@ from reproduce.common import (
     write_json,
 )
 
-ALGORITHMS = ("td3bc", "iql")
+ALGORITHMS = ("td3bc", "iql", "bc")
 
 
 @dataclasses.dataclass
@@ -51,6 +51,8 @@ def make_algorithm(name, device):
     common = {"batch_size": 256, "observation_scaler": standardised}
     if name == "td3bc":
         return algos.TD3PlusBCConfig(**common).create(device)
+    if name == "bc":
+        return algos.BCConfig(**common).create(device)
     scaler = preprocessing.ReturnBasedRewardScaler(multiplier=1000)
     return algos.IQLConfig(reward_scaler=scaler, **common).create(device)
 

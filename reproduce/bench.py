@@ -10,7 +10,6 @@ makes random data of Hopper's sizes and writes <out>/growth.json.
 """
 
 import copy
-import dataclasses
 import importlib.metadata
 import multiprocessing
 import resource
@@ -264,8 +263,7 @@ def bench(run):
     print("time per action", flush=True)
     policies = {}
     for name, (stage, changes) in SAMPLERS.items():
-        acting = dataclasses.replace(config, **changes)
-        policies[name] = ractd.Policy(models[stage], acting, run.device)
+        policies[name] = ractd.Policy(models[stage], **changes, device=run.device)
     acts = {name: policy.act for name, policy in policies.items()}
     calls = {name: policy.calls for name, policy in policies.items()}
     try:

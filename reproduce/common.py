@@ -169,7 +169,7 @@ class Experiment:
         device = self.run.device
         config = dataclasses.replace(self.run.config, **(changes or {}))
         asked = {"weights": ractd.weights_id(checkpoint)}
-        asked["calls"] = ractd.Policy(checkpoint, config, device).calls
+        asked["calls"] = ractd.Policy(checkpoint, config.nfe, config.teacher_points).calls
         for name in ("temperature", "episodes", "first_seed"):
             asked[name] = getattr(config, name)
         for path in out.glob(f"score_*_{asked['weights']}_*.json"):

@@ -117,8 +117,7 @@ def export(run):
         ractd.check_compatible(run.out / "student.pt", saved, {"env": run.env})
     if saved["step"] < saved["steps"]:
         print(f"the student is half trained: {saved['step']:,} of {saved['steps']:,} steps")
-    how = ractd.Config(nfe=run.config.nfe, temperature=saved["config"]["temperature"])
-    policy = ractd.Policy(saved, how)
+    policy = ractd.Policy(saved, run.config.nfe)
     deployed = Deployed(policy)
     program = to_program(deployed)
     buffer = io.BytesIO()

@@ -11,7 +11,6 @@ video       the students of two run folders in the same episode (--first-seed), 
             CTD's folder: `ractd.py distill --no-reward-teacher --reward-weight 0 --out FOLDER`
 """
 
-import dataclasses
 import io
 import sys
 from pathlib import Path
@@ -97,10 +96,8 @@ def record(run, out):
     path = out / "student.pt"
     saved = ractd.load_checkpoint(path, "student", run.device)
     ractd.check_compatible(path, saved, {"env": run.env})
-    how = run.config
-    if run.temperature is None:  # not given: as it was trained for
-        how = dataclasses.replace(how, temperature=saved["config"]["temperature"])
-    policy = ractd.Policy(saved, how, run.device)
+    how = {"temperature": run.temperature, "device": run.device}
+    policy = ractd.Policy(saved, run.config.nfe, **how)
     make = ractd.simulator(run.env, saved["dataset"])
     options = {"render_mode": "rgb_array"}
     if run.env in ractd.ENVS and run.env != "door-human":  # this camera goes along with the body

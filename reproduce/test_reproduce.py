@@ -328,7 +328,7 @@ def test_exported_files_act_as_the_policy_does(run, capsys, monkeypatch):
     assert export.main([f"--out={out}", "--nfe=2"]) == 0
     assert "noise (B, 16, 3) -> plan (B, 8, 3), 2 network call(s)" in capsys.readouterr().out
     saved = ractd.load_checkpoint(out / "student.pt", "student")
-    policy = ractd.Policy(saved, ractd.Config(nfe=2))
+    policy = ractd.Policy(saved, nfe=2)
     observations = np.random.default_rng(9).normal(size=(5, 11))  # float64
     plans = policy.act(observations, [np.random.default_rng(i) for i in range(5)])
     noise = common.acting_noise([np.random.default_rng(i) for i in range(5)], (16, 3))

@@ -251,7 +251,7 @@ def teacher_trajectories(teacher, batches, temperature, count, batch=256):
     """At least `count` of them: conditions (N, 6), starts at T and ends (N, H, 4) each.
 
     Half of them lead to goals of other windows, as a task's starts and goals may lie farther apart
-    than those of any window. A long plan needs more of them than `ractd.teacher_ends` solves there.
+    than those of any window. Long plans need more of them than `ractd.teacher_trajectories` solves.
     """
     sigmas = ractd.karras_sigmas(7)
     tell = progress("teacher trajectories", count, "of them")

@@ -86,8 +86,7 @@ def ractd_rows(run):
     act = MeanAction(teacher, device=run.device).act
     yield Row("behaviour cloning", act, {"denoiser": 1}, [teacher])
     for n in TEACHERS:
-        how = dataclasses.replace(run.config, teacher_points=n)
-        policy = ractd.Policy(teacher, how, run.device)
+        policy = ractd.Policy(teacher, teacher_points=n, device=run.device)
         yield Row(f"teacher, {n} points", policy.act, {"denoiser": policy.calls}, [teacher])
     built_on = {
         "CTD": [teacher],
@@ -95,7 +94,7 @@ def ractd_rows(run):
     }
     for label, changes in (("CTD", PLAIN), ("RACTD", {})):
         student = experiment.student(changes)
-        act = ractd.Policy(student, run.config, run.device).act
+        act = ractd.Policy(student, run.config.nfe, device=run.device).act
         yield Row(label, act, {"student": 1}, [student], built_on=built_on[label])
 
 
