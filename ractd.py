@@ -15,7 +15,7 @@ Notation
     t > u >= k   noise levels, one per sample (B,) or one float for all; i_t < i_u <= i_k their
                  indices in the grid T = 80 = sigma_0 > ... > sigma_{N-1} = 0.02, the paper's "0"
     x0, x_t      a clean and a noisy plan: H actions, (B, H, A), scaled to [-1, 1]
-    state        an observation (B, O), scaled to [-1, 1]; s_n in the paper
+    state        s_n in the paper, an observation (B, S = O), scaled to [-1, 1]
     D, g         denoisers of teacher and student, F the network in them; G the student's jump
 
 Sections 3 to 6 are the paper's method, in its order, and need little more than torch; section 7
@@ -110,13 +110,9 @@ class Config:
     grid_points: int = option(20, "N: noise levels in the grid of t, u and k", 3, 9999)
     ctm_weight: float = option(1.0, "alpha of Eq. 9", 0, 10**6)
     dsm_weight: float = option(1.0, "beta of Eq. 9", 0, 10**6)
-    reward_weight: float = option(
-        0.3, "sigma of Eq. 9; 0 trains CTD; paper presets: as published", 0, 10**6
-    )
+    reward_weight: float = option(0.3, "sigma of Eq. 9; 0: CTD; presets: as published", 0, 10**6)
     reward_input: str = option("plan", REWARD_INPUT, choices=("plan", "dsm"))
-    trajectories: int = option(
-        192, "solved teacher trajectories in a student step; 0: none", 0, 100_000
-    )
+    trajectories: int = option(192, "teacher trajectories in a student step; 0: none", 0, 100_000)
     temperature: float = option(0.25, "scale of the noise to act from", 0, 100)
     nfe: int = option(1, "network calls of the student per plan", 1, 80)
     teacher_points: int = option(20, "n: points of Heun's method, 2 n - 3 calls", 3, 9999)
@@ -153,7 +149,7 @@ D4RL_VERSIONS = {
     "earlier": "828ab916 3ebbc1b9 3c599b8c",
 }
 ASSETS = Path(__file__).parent / "assets"
-DOOR = "door-v0_demos_clipped.hdf5"  # D4RL's own, CC BY 4.0
+DOOR = "hand_dapg/door-v0_demos_clipped.hdf5"  # D4RL's own, also among ASSETS, CC BY 4.0
 BUNDLED = ASSETS / "hopper-medium-replay-sac.hdf5"  # where D4RL's cannot be downloaded
 
 
@@ -208,22 +204,23 @@ def load_dataset(env, data=""):
     folder = os.environ.get("D4RL_DATASET_DIR") or os.path.expanduser("~/.d4rl/datasets")
     if folder.startswith("~"):
         raise UserError("there is no home folder; set D4RL_DATASET_DIR, or give --data FILE")
-    path = Path(folder) / f"{env.replace('-', '_')}-v2.hdf5"
-    url = f"{D4RL_URL}gym_mujoco_v2/{path.name}"
-    if env == "door-human":
-        path = ASSETS / DOOR if (ASSETS / DOOR).exists() else Path(folder) / DOOR
-        url = f"{D4RL_URL}hand_dapg/{DOOR}"
-    if path.exists() or download(url, path):
+    where = DOOR if env == "door-human" else f"gym_mujoco_v2/{env.replace('-', '_')}-v2.hdf5"
+    path = ASSETS / Path(where).name
+    if not path.exists():
+        path = Path(folder) / path.name
+    if path.exists() or download(D4RL_URL + where, path):
         return read_hdf5(path, path.name, d4rl_version(path))
     if env != "hopper-medium-replay" or not BUNDLED.exists():
-        recipe = f"make it by D4RL's recipe, python -m reproduce.collect --env {env}"
-        raise UserError(f"no data for {env}: put the file there, or give --data FILE, or {recipe}")
+        text = f"no data for {env}: put the file there, or give --data FILE"
+        if env != "door-human":  # of people
+            text += f", or make it by D4RL's recipe, python -m reproduce.collect --env {env}"
+        raise UserError(text)
     print(f"In its place: {BUNDLED.name}, of one SAC run: not comparable with the paper's.")
     return read_hdf5(BUNDLED, BUNDLED.name, "bundled, not D4RL's")
 
 
 def download(url, path):
-    """Fetch a file -> whether there is a network; UserError if it answers otherwise than it should."""
+    """Fetch a file -> True, or False without a network; UserError if it cannot be had otherwise."""
     try:
         with urllib.request.urlopen(url, timeout=20) as answer, replacing(path) as f:
             length = int(answer.headers["Content-Length"] or 0)
@@ -466,7 +463,7 @@ class UNet1d(nn.Module):
         return self.level(self.level_in(torch.cat(waves, dim=1)))
 
     def forward(self, x, t, state, k=None, embedding=None):
-        if embedding is None:  # where the levels are few, it is known
+        if embedding is None:  # a Policy, whose levels are few, keeps theirs
             embedding = self.embed(t) if k is None else self.embed(t, k)
         condition = self.condition(embedding + self.state(state))
         films = iter(self.film(condition)[:, None].split(self.film_sizes, dim=2))
@@ -515,10 +512,8 @@ def lognormal_levels(batch, device="cpu", mean=-1.2, std=1.2, smin=SIGMA_MIN, sm
 
 
 def precondition(t, smin=SIGMA_MIN, sigma_data=SIGMA_DATA):
-    """c_skip, c_out, c_in of Karras et al. 2022 at levels t, like t: floats or (B,).
-
-    With the boundary condition of consistency models: c_skip = 1 and c_out = 0 at smin.
-    """
+    """c_skip, c_out, c_in of Karras et al. 2022 at levels t, like t: floats or (B,)."""
+    # shifted by smin, as consistency models want it: c_skip = 1 and c_out = 0 there
     root = (t**2 + sigma_data**2) ** 0.5
     c_skip = sigma_data**2 / ((t - smin) ** 2 + sigma_data**2)
     c_out = (t - smin) * sigma_data / root
@@ -600,10 +595,10 @@ def mlp(c_in, width=256):
 
 
 class RewardModel(nn.Module):
-    """R: state (B, S), plan (B, H, A), its first `actions` -> scaled return-to-go (B,).
+    """R: state (B, S), plan (B, H, A) -> the return-to-go (B,), scaled to [-1, 1].
 
-    The mean of `networks` networks; the paper has one, and one action. V is the soft value of a
-    state, which section 7 alone uses.
+    The mean of `networks` networks that see a plan's first `actions`; the paper has one of each.
+    V: state (B, S) -> its soft value (B,), which section 7 alone uses.
     """
 
     def __init__(self, state_dim, action_dim, actions=1, networks=1):
@@ -662,9 +657,9 @@ def ctm_loss(jump, frozen_jump, denoiser, x_t, t, u, k, smin=SIGMA_MIN, distance
 def dsm_loss(prediction, x0, t, distance=squared):
     """Eq. 7: w(t) d(x0, prediction of x0 from x_t), mean over the batch -> scalar.
 
-    prediction (B, H, A): --denoising mean: g(x_t, t, t), the student as a denoiser (Kim et al.
-    2024), with the squared error; paper: G(x_t, t, 0), Eq. 7 to the letter, with the pseudo-Huber
-    distance, which asks Eq. 5's end of one ODE path to be a median of all plans.
+    prediction (B, H, A): with --denoising paper G(x_t, t, 0), Eq. 7 to the letter, by pseudo-Huber
+    a median of all plans where Eq. 5 asks for the end of one ODE path; with mean g(x_t, t, t), the
+    student as a denoiser (Kim et al. 2024), by the squared error.
     """
     return (edm_weight(t) * distance(prediction, x0)).mean()
 
@@ -672,9 +667,8 @@ def dsm_loss(prediction, x0, t, distance=squared):
 def reward_loss(reward_model, state, plan):
     """Eq. 8: -R(s_n, a_n), mean over the batch -> scalar.
 
-    reward_model: callable (state (B, S), plan (B, H, A)) -> (B,). plan: the student's one-call
-    plan (the paper's text), or Eq. 7's prediction at every noise level (released); clipped to the
-    range of the data, as R has seen no other.
+    reward_model: callable, state (B, S), plan (B, H, A) -> (B,). The plan is clipped to the range
+    of the data, as R has seen no other.
     """
     return -reward_model(state, plan.clamp(-1, 1)).mean()
 
@@ -705,7 +699,8 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
         prediction = denoise(student, x_t, t, state, k=t)  # g(x_t, t, t)
         dsm = dsm_loss(prediction, x0, t)
 
-    # Eq. 8: reward, of the one-call plan G(x_T, T, 0) from the noise to act from, or of Eq. 7's
+    # Eq. 8: reward, of Eq. 7's prediction (released), or of the one-call plan (the paper's text)
+    info = {"ctm": ctm.detach(), "dsm": dsm.detach()}
     reward = 0.0
     if reward_model is not None:
         plan = prediction
@@ -713,12 +708,10 @@ def distillation_loss(student, target, teacher, reward_model, state, x0, config)
             x_T = config.temperature * SIGMA_MAX * torch.randn_like(x0)
             plan = jump(x_T, SIGMA_MAX, SIGMA_MIN)
         reward = reward_loss(reward_model, state, plan)
+        info["R"] = -reward.detach()
 
     # Eq. 9
     loss = config.ctm_weight * ctm + config.dsm_weight * dsm + config.reward_weight * reward
-    info = {"ctm": ctm.detach(), "dsm": dsm.detach()}
-    if reward_model is not None:
-        info["R"] = -reward.detach()
     return loss, info
 
 
@@ -787,20 +780,22 @@ def advantage_sums(batches, reward_model):
 def teacher_trajectories(teacher, state, x_T, sigmas, scale, batch=512):
     """Solved trajectories of the teacher: x_t (2 N, H, A), t (2 N,), end (2 N, H, A).
 
-    The first N start from x_T (N, H, A) in states (N, S), the others where a second call of the
-    student does: at levels of its grid sigmas, from those ends with new noise of this scale. Solved
-    once, before the student's training, by Heun's method in large batches.
+    The first N start at x_T (N, H, A), states (N, S), and end in plans. The others start there,
+    with new noise of this scale, as a second call of the student does; a level of its grid sigmas
+    (n,) for each batch, in turn. Solved once, before the student's training, by Heun's method.
     """
     first = []
     second = []
-    levels = itertools.cycle(sigmas[1:-1].tolist())
+    inner = sigmas[1:-1].tolist()
+    batches = math.ceil(len(x_T) / batch)
+    levels = itertools.cycle(inner[:: math.ceil(len(inner) / batches)])
     for s_n, x, t in zip(state.split(batch), x_T.split(batch), levels, strict=False):
         denoiser = lambda x, t, s_n=s_n: denoise(teacher, x, t, s_n)
         end = heun_sample(denoiser, x, karras_sigmas(12))
         first.append((x, x.new_full((len(x),), SIGMA_MAX), end))
-        x = end + math.sqrt(t**2 - SIGMA_MIN**2) * scale * torch.randn_like(end)
-        end = heun_sample(denoiser, x, karras_sigmas(8, smax=t))
-        second.append((x, x.new_full((len(x),), t), end))
+        x_t = end + math.sqrt(t**2 - SIGMA_MIN**2) * scale * torch.randn_like(end)
+        end_t = heun_sample(denoiser, x_t, karras_sigmas(8, smax=t))
+        second.append((x_t, x.new_full((len(x),), t), end_t))
     return [torch.cat(column) for column in zip(*first, *second, strict=True)]
 
 
@@ -881,10 +876,10 @@ def student_stage(config, batches, teacher, reward=None):
         state, x0 = batches.windows(config.student_batch, sums)
         loss, info = distillation_loss(net, average, teacher, reward_in_loss, state, x0, config)
         if config.trajectories:
-            drawn = torch.randint(count, (config.trajectories,), device=x0.device)
-            state = states[drawn]
-            drawn[config.trajectories * 2 // 3 :] += count  # a third of a second call
-            path = trajectory_loss(net, state, *(column[drawn] for column in solved))
+            rows = torch.randint(count, (config.trajectories,), device=x0.device)
+            state = states[rows]
+            rows[config.trajectories * 2 // 3 :] += count  # the last third are of second calls
+            path = trajectory_loss(net, state, *(column[rows] for column in solved))
             loss = loss + config.ctm_weight * path
             info["path"] = path.detach()
         return loss, info
@@ -972,8 +967,8 @@ def stop_signals():
 def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_decay=None):
     """Train `net` for some steps and leave a checkpoint at `path`; resumes by itself.
 
-    loss_fn(net, average) draws a batch -> (loss, {name: tensor}); average: net's EMA, the result,
-    by target_decay, None: as the teacher's was released. meta: what else the checkpoint holds.
+    loss_fn(net, average) draws a batch -> (loss, {name: tensor}). average, the result: net's EMA
+    with target_decay, or if None the teacher's released rule. meta: what else the checkpoint holds.
     Ctrl-C and SIGTERM save; on the CPU resuming is exact, bit by bit.
     """
     device = next(net.parameters()).device
@@ -982,7 +977,7 @@ def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_de
         net.parameters(), lr, (0.95, 0.999), weight_decay=weight_decay, fused=True
     )
     parts = {"net": net, "ema": average, "optimizer": optimizer}
-    state = {"step": 0, "steps": steps, "log": [], "seconds": 0.0}
+    state = {"stage": stage, "format": FORMAT, "step": 0, "steps": steps, "log": [], "seconds": 0.0}
 
     # go on where a checkpoint stops
     if path.exists():
@@ -1028,7 +1023,6 @@ def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_de
                 state |= {"step": step, "seconds": state["seconds"] + now - saved_at}
                 state |= {name: part.state_dict() for name, part in parts.items()}
                 state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-                state |= {"stage": stage, "format": FORMAT}
                 with replacing(path) as f:
                     torch.save(meta | state, f)
                 saved_at = now
@@ -1105,8 +1099,7 @@ class Policy(nn.Module):
 def simulator(env, data):
     """A callable that makes the simulator of `env`, or that which a Minari set names.
 
-    data: a `Dataset.summary`. UserError if there is none, or not of vectors. Without a time limit
-    of its own an episode ends after as many steps as the longest of the data, at least 1000.
+    data: a `Dataset.summary`. UserError if it cannot be made, or its spaces are no vectors.
     """
     import gymnasium
     from gymnasium.spaces import Box, Dict
@@ -1135,9 +1128,9 @@ def simulator(env, data):
         spaces = f"observations {one.observation_space}, actions {one.action_space}"
         raise UserError(f"{env}: {spaces} are not both vectors of numbers (Box)")
     if not (one.spec and one.spec.max_episode_steps):
-        how["max_episode_steps"] = max(1000, data["longest"])
-        steps = f"{how['max_episode_steps']:,} steps"
-        print(f"{env} has no time limit: an episode ends after {steps}")
+        limit = max(1000, data["longest"])
+        how["max_episode_steps"] = limit
+        print(f"{env} has no time limit: an episode ends after {limit:,} steps")
 
     def make(**options):
         made = gymnasium.make(gym_id, **how, **options)
@@ -1204,8 +1197,7 @@ def evaluate_and_report(checkpoint, config, out, device="cpu"):
     data = checkpoint["dataset"]
     n = config.episodes
     first = config.first_seed
-    how = {"nfe": config.nfe, "teacher_points": config.teacher_points}
-    policy = Policy(checkpoint, **how, temperature=config.temperature, device=device)
+    policy = Policy(checkpoint, config.nfe, config.teacher_points, config.temperature, device)
     method = method_name(checkpoint)
     print(f"evaluation: {n} episodes, {policy.calls} network call(s) per plan", flush=True)
     result = evaluate(policy.act, simulator(env, data), n, first)
@@ -1288,7 +1280,7 @@ def check_compatible(path, saved, asked):
 def load_or_train(run, stage, fields, meta, built_on, make, **how):
     """The finished checkpoint of a stage, from the run's folder or trained now; or UserError.
 
-    fields: names in run.config that decide it; built_on: checkpoints; make() -> (net, loss_fn).
+    fields: of run.config, in one string; built_on: {stage: checkpoint}; make() -> (net, loss_fn).
     """
     path = run.out / f"{stage}.pt"
     recipe = {"env": run.env, "data": meta["dataset"]["sha256"][:12]}
@@ -1312,13 +1304,11 @@ def load_or_train(run, stage, fields, meta, built_on, make, **how):
 
 def stages_of(command, config):
     """The stages that a command trains, in their order."""
-    if command == "reward":
-        return ["reward"]
-    stages = ["teacher", "student"] if command == "distill" else ["teacher"]
-    if config.reward_teacher:
-        stages.insert(0, "reward")
-    elif command == "distill" and config.reward_weight:
-        stages.insert(1, "reward")
+    stages = {"reward": [], "teacher": ["teacher"], "distill": ["teacher", "student"]}[command]
+    if command == "reward" or config.reward_teacher:
+        return ["reward", *stages]
+    if command == "distill" and config.reward_weight:
+        return ["teacher", "reward", "student"]
     return stages
 
 
@@ -1330,9 +1320,8 @@ def train_stage(run, stage, batches, meta, models):
         networks = {name: load_network(model, run.device) for name, model in built_on.items()}
         return STAGES[stage](run.config, batches, **networks)
 
-    how = {"weight_decay": WEIGHT_DECAY[stage]}
-    if stage == "student":
-        how["target_decay"] = TARGET_DECAY
+    target_decay = TARGET_DECAY if stage == "student" else None
+    how = {"weight_decay": WEIGHT_DECAY[stage], "target_decay": target_decay}
     return load_or_train(run, stage, STAGE_FIELDS[stage], meta, built_on, make, **how)
 
 
@@ -1364,20 +1353,16 @@ def act_again(run):
 
 # ---- 11. Command line ----------------------------------------------------------------------------
 
-COMMANDS = {
-    "data": "fetch the dataset and print what is in it",
-    "reward": "train the reward model R, a return-to-go",
-    "teacher": "train the EDM diffusion teacher, Eq. 4, and first the R that weights its windows",
-    "distill": "train what is missing of R and teacher, then the student, Eq. 9, and score it",
-    "evaluate": "score a saved student or teacher",
-}
-TRAINING = f"env data out device preset {STAGE_FIELDS['reward']}"
-COMMAND_FLAGS = {
-    "data": "env data",
-    "reward": TRAINING,
-    "teacher": f"{TRAINING} {STAGE_FIELDS['teacher']}",
-    "distill": f"{TRAINING} {' '.join(STAGE_FIELDS.values())} nfe episodes first_seed",
-    "evaluate": "env out device model nfe teacher_points temperature episodes first_seed",
+REWARD = f"env data out device preset {STAGE_FIELDS['reward']}"
+TEACHER = f"{REWARD} {STAGE_FIELDS['teacher']}"
+DISTILL = f"{TEACHER} {STAGE_FIELDS['student']} nfe episodes first_seed"
+EVALUATE = "env out device model nfe teacher_points temperature episodes first_seed"
+COMMANDS = {  # what each does, and its flags
+    "data": ("fetch the dataset and print what is in it", "env data"),
+    "reward": ("train the reward model R, a return-to-go", REWARD),
+    "teacher": ("train the EDM teacher, Eq. 4, and first the R that weights its windows", TEACHER),
+    "distill": ("train what is missing of R and teacher, the student, Eq. 9; score it", DISTILL),
+    "evaluate": ("score a saved student or teacher", EVALUATE),
 }
 FLAGS = {  # those that are no fields of Config
     "env": {"help": f"one of {', '.join(ENVS)}; with --data any gymnasium id"},
@@ -1397,15 +1382,14 @@ def build_parser():
     summary = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser(prog="ractd.py", description=summary, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command, text in COMMANDS.items():
+    for command, (text, flags) in COMMANDS.items():
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(data="", device="cpu", preset="default", model="student", out=None)
-        names = COMMAND_FLAGS[command].split()
-        for name in names:
-            if name in FLAGS:
-                sub.add_argument(f"--{name}", **FLAGS[name])
+        for name, how in FLAGS.items():
+            if name in flags.split():
+                sub.add_argument(f"--{name}", **how)
         for field in dataclasses.fields(Config):
-            if field.name in names:
+            if field.name in flags.split():
                 add_flag(sub, field, PAPER)
     return parser
 
@@ -1466,9 +1450,7 @@ def prepare(run):
             way_out = f"must be a multiple of {multiple} with --network {run.config.network}"
             raise UserError(f"--horizon {run.config.horizon}: {way_out}")
         if run.config.reward_actions > run.config.horizon:
-            raise UserError(
-                f"--reward-actions: must not be more than --horizon {run.config.horizon}"
-            )
+            raise UserError(f"--reward-actions: must be at most --horizon, {run.config.horizon}")
     if evaluates and not run.out.is_dir():
         raise UserError(f"there is no folder {run.out}: train first, or give its --out")
     if evaluates and run.config.episodes < 1:

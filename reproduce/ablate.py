@@ -67,9 +67,9 @@ def ablations(config, env=""):
         ],
         "reward-weight": [
             Row("0 (CTD)", CTD, 50.8),
-            Row("0.5 of the default sigma", {"reward_weight": 0.5 * sigma}),
-            Row("the default sigma", {}, 109.5),
-            Row("2 of the default sigma", {"reward_weight": 2.0 * sigma}, 17.0),
+            Row("0.5 sigma", {"reward_weight": 0.5 * sigma}),
+            Row("sigma", {}, 109.5),
+            Row("2 sigma", {"reward_weight": 2.0 * sigma}, 17.0),
         ],
         "losses": [
             Row("all of them", {}, 109.5),

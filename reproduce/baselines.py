@@ -38,8 +38,8 @@ class Settings:
 
     algorithm: str = option("iql", "who learns", choices=ALGORITHMS)
     seed: int = option(0, "seed of all training", 0, 2**32 - 1)
-    steps: int = option(50_000, "gradient steps", 1, 1e9)
-    episodes: int = option(20, "number of evaluation episodes", 1, 1e6)
+    steps: int = option(50_000, "gradient steps", 1, 10**9)
+    episodes: int = option(20, "number of evaluation episodes", 1, 10**6)
     first_seed: int = option(0, "episode i has the seed first_seed + i", 0, 2**31)
 
 

@@ -10,6 +10,7 @@ makes random data of Hopper's sizes and writes <out>/growth.json.
 """
 
 import copy
+import dataclasses
 import importlib.metadata
 import multiprocessing
 import resource
@@ -91,7 +92,8 @@ def training_speed(experiment, stage, models):
 
     models: the checkpoints of the stages before it.
     """
-    config = experiment.run.config
+    # as many trajectories of the teacher as a step draws are enough to be timed
+    config = dataclasses.replace(experiment.run.config, student_steps=1)
     device = experiment.run.device
     networks = {name: ractd.load_network(model, device) for name, model in models.items()}
     net, loss_fn = ractd.STAGES[stage](config, experiment.batches, **networks)
@@ -105,6 +107,7 @@ def training_speed(experiment, stage, models):
     return {
         "parameters": sum(p.numel() for p in net.parameters()),
         "batch": getattr(config, f"{stage}_batch"),
+        "trajectories": config.trajectories if stage == "student" else 0,
         "steps_per_s": 1000 / times["step"][0],
         "step_ms": times["step"],
         "passes_ms": times["passes"],
@@ -332,8 +335,10 @@ def print_result(result):
     rows = []
     for stage, row in result["train"].items():
         share = f"{row['network_share']:.0%}"
-        rows.append([stage, f"{row['parameters']:,}", row["batch"], row["steps_per_s"], share])
-    print_table(["", "parameters", "batch", "steps/s", "of it in network passes"], rows)
+        sizes = [f"{row['parameters']:,}", row["batch"], row["trajectories"]]
+        rows.append([stage, *sizes, row["steps_per_s"], share])
+    header = ["", "parameters", "batch", "trajectories", "steps/s", "of it in network passes"]
+    print_table(header, rows)
 
     forward_ms = result["forward_ms"]
     seconds = result["eval"]

@@ -31,10 +31,11 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 
-from ractd import ENVS, KINDS, TASKS, UserError, read_hdf5, replacing
+from ractd import KINDS, TASKS, UserError, read_hdf5, replacing
 from reproduce.common import make_parser, progress, run_command
 from reproduce.maze import pointmaze
 
+SAC_TASKS = [f"{task}-{kind}" for task in TASKS for kind in KINDS]
 # training steps after which the mean return of one run passed MEDIUM_SCORE
 MEDIUM_STEPS = {"hopper": 170_000, "halfcheetah": 100_000, "walker2d": 250_000}
 SNAPSHOT_EVERY = 10_000  # training steps
@@ -86,7 +87,7 @@ def make_env(name):
     try:
         env = gymnasium.make(name)
     except (gymnasium.error.Error, ImportError) as error:
-        known = ", ".join(ENVS)
+        known = ", ".join(SAC_TASKS)
         raise UserError(f"--env {name} is no gymnasium id ({error}), nor of {known}") from None
     for space in (env.observation_space, env.action_space):
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
@@ -211,7 +212,7 @@ def run(args):
         return run_maze(args)
     if args.noise:
         raise UserError("--noise is for the mazes' data: leave it out")
-    if args.env in ENVS:
+    if args.env in SAC_TASKS:
         task, kind = args.env.split("-", 1)
         env_id = TASKS[task][0]
         if args.kind not in (None, kind):
@@ -230,7 +231,9 @@ def run(args):
     if min(steps, args.transitions) < 200:  # SAC acts at random for its first 100 steps
         raise UserError("--steps and --transitions must be at least 200")
     write_hdf5(path, collect(env_id, task, kind, steps, args.transitions, args.seed))
-    print(read_hdf5(path, path.name, "file"))
+    text = "{transitions:,} transitions, {episodes:,} episodes, return: mean {return_mean:.5g}, "
+    text += "best {return_best:.5g}"
+    print(f"{path}: {text.format(**read_hdf5(path, path.name, 'file').summary())}")
     print(f"next: python ractd.py distill --env {args.env} --data {shlex.quote(str(path))}")
 
 
@@ -239,7 +242,7 @@ def main(argv=None):
     parser = make_parser("collect", __doc__)
     add = parser.add_argument
     mazes = ", ".join(f"maze2d-{name}" for name in pointmaze.MAZES)
-    add("--env", required=True, help=f"{', '.join(ENVS)}, {mazes} or any gymnasium id")
+    add("--env", required=True, help=f"{', '.join(SAC_TASKS)}, {mazes} or any gymnasium id")
     add("--kind", choices=KINDS, help="with a gymnasium id (default: medium-replay)")
     each = ", ".join(f"{task} {steps:,}" for task, steps in MEDIUM_STEPS.items())
     text = f"of training (default: {each}, others 200,000; medium-expert, maze2d 1,000,000)"

@@ -52,16 +52,10 @@ def parse_run(parser, argv):
     own, rest = parser.parse_known_args(argv)
     run = ractd.build_parser().parse_args(["distill", *rest], own)
     ractd.prepare(run)
+    if run.config.episodes < 1:
+        raise ractd.UserError("--episodes must be at least 1")
     ractd.make_folder(run.out)
     return run
-
-
-RUN_FLAGS = {
-    "env": f"one of {', '.join(ractd.ENVS)}; with --data any gymnasium id",
-    "data": "FILE.hdf5 in D4RL's layout, or minari:ID (default: D4RL's file of --env)",
-    "out": "folder for all that is written (default: runs/<env>{folder})",
-    "device": "cpu, cuda, cuda:1, ... (default: cpu)",
-}
 
 
 def parse_own(parser, config_class, argv, tasks=None, folder=""):
@@ -72,9 +66,10 @@ def parse_own(parser, config_class, argv, tasks=None, folder=""):
     its default there}}; folder: what is added to the default folder, runs/<env>. What `parser` has
     a default for already, --data for example, becomes no flag here.
     """
-    for name, text in RUN_FLAGS.items():
+    for name in ("env", "data", "out", "device"):
         if parser.get_default(name) is None:
-            parser.add_argument(f"--{name}", help=text.format(folder=folder))
+            text = ractd.FLAGS[name]["help"].replace("<env>", f"<env>{folder}")
+            parser.add_argument(f"--{name}", help=text)
     parser.set_defaults(command="distill", preset="default")  # as `ractd.prepare` wants them
     fields = dataclasses.fields(config_class)
     for field in fields:
@@ -159,25 +154,20 @@ class Experiment:
         run = self.variant(stages, changes)
         return self.train(run, stage, self.batches, self.meta, before)
 
-    def student(self, changes=None):
-        """The checkpoint of the student with `changes` of the settings."""
-        return self.model("student", changes)
-
     def score(self, checkpoint, changes=None):
         """The metrics of a model acting with `changes` of Config: from their file, or made now."""
-        out = self.run.out
-        device = self.run.device
         config = dataclasses.replace(self.run.config, **(changes or {}))
+        student = checkpoint["stage"] == "student"
         asked = {"weights": ractd.weights_id(checkpoint)}
-        asked["calls"] = ractd.Policy(checkpoint, config.nfe, config.teacher_points).calls
+        asked["calls"] = config.nfe if student else 2 * config.teacher_points - 3
         for name in ("temperature", "episodes", "first_seed"):
             asked[name] = getattr(config, name)
-        for path in out.glob(f"score_*_{asked['weights']}_*.json"):
+        for path in self.run.out.glob(f"score_*_{asked['weights']}_*.json"):
             metrics = read_json(path)
             if all(metrics.get(name) == value for name, value in asked.items()):
                 print(f"{metrics['method']}: score from {path}")
                 return metrics
-        return ractd.evaluate_and_report(checkpoint, config, out, device)
+        return ractd.evaluate_and_report(checkpoint, config, self.run.out, self.run.device)
 
 
 def window_starts(begins, ends, horizon):

@@ -92,7 +92,7 @@ def onnx_session(onnx):
 
 
 def call_onnx(session, observation, noise):
-    """Arrays observation (B, O), noise (B, H, A), both float32 -> plan (B, H, A)."""
+    """Arrays observation (B, O), noise (B, calls * H, A), both float32 -> plan (B, H, A)."""
     (plan,) = session.run(None, {"observation": observation, "noise": noise})
     return plan
 

@@ -5,7 +5,7 @@
 
 returns     Figure 3: returns of the data's episodes, the plain teacher's, CTD's and RACTD's; trains
             and scores what is missing of them
-training    every logged value of the three stages
+training    the logged losses of the stages that lie there
 video       the students of two run folders in the same episode (--first-seed), side by side, as
             GIF in real time: CTD's of --ctd, RACTD's of --out; the latter alone if there is no CTD.
             CTD's folder: `ractd.py distill --no-reward-teacher --reward-weight 0 --out FOLDER`
@@ -46,8 +46,8 @@ def draw_returns(run):
     rows = [("data", f"data: {len(returns):,} episodes", returns)]
     models = {
         "teacher": experiment.model("teacher", PLAIN),
-        "CTD": experiment.student(PLAIN | CTD),
-        "RACTD": experiment.student(REWARD),
+        "CTD": experiment.model("student", PLAIN | CTD),
+        "RACTD": experiment.model("student", REWARD),
     }
     for name, checkpoint in models.items():
         metrics = experiment.score(checkpoint)
@@ -159,7 +159,7 @@ def main(argv=None):
     parser = make_parser("figures", __doc__)
     parser.add_argument("--what", required=True, choices=FIGURES, help="the picture to draw")
     parser.add_argument("--file", help="of the video (default: <out>/episode.gif)")
-    parser.add_argument("--ctd", help="CTD's run folder, for the video (default: runs/<env>-ctd)")
+    parser.add_argument("--ctd", help="CTD's run folder, for the video (default: <out>-ctd)")
 
     def draw():
         run = parse_run(parser, argv)

@@ -13,14 +13,12 @@ class PinnedUNet(ractd.UNet1d):
     pinned: places (h, a) of a plan (B, H, A) that hold the state's first columns, one each.
     """
 
-    def __init__(self, *size, pinned=(), **more):
+    def __init__(self, *size, pinned, **more):
         super().__init__(*size, **more)
         self.pinned = tuple(pinned)
 
     def pin(self, x, state):
         """x (B, H, A) with the values of the state (B, S) at the pinned places."""
-        if not self.pinned:
-            return x
         h, a = zip(*self.pinned, strict=True)
         x = x.clone()
         x[:, h, a] = state[:, : len(h)]
@@ -38,9 +36,3 @@ def denoise(net, x, t, state, k=None, smin=ractd.SIGMA_MIN):
 def student_jump(net, x, t, k, state):
     """`ractd.student_jump` of a `PinnedUNet`: (B, H, A), whose pinned places are the state's."""
     return net.pin(ractd.student_jump(net, x, t, k, state), state)
-
-
-def warm_start(student, teacher):
-    """`ractd.warm_start` that carries the teacher's pinned places over, too."""
-    ractd.warm_start(student, teacher)
-    student.pinned = teacher.pinned

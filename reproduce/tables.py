@@ -7,7 +7,6 @@ reproduce.seeds` write, a folder for each run: seed<s> for the default with that
 """
 
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -42,4 +41,4 @@ def print_scores(found):
 
 
 if __name__ == "__main__":
-    sys.exit(print_scores(read_scores()))
+    print_scores(read_scores())

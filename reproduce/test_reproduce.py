@@ -523,7 +523,7 @@ def test_a_baseline_learns_from_the_data_and_acts_in_the_simulator(
         given["options"] = options
         return SimpleNamespace(create=lambda device: Learner())
 
-    algos = SimpleNamespace(TD3PlusBCConfig=config, IQLConfig=config)
+    algos = SimpleNamespace(TD3PlusBCConfig=config, IQLConfig=config, BCConfig=config)
     scalers = {"StandardObservationScaler": object, "ReturnBasedRewardScaler": SimpleNamespace}
     double = SimpleNamespace(
         seed=lambda seed: given.update(seed=seed),

@@ -12,10 +12,10 @@ drives from the true state to the next planned one; after the plan its end is he
 not there are made first by D4RL's recipe. Trained models and rows of numbers are kept in <out>, and
 not made again.
 
-The teacher is plain, as in the paper. Training differs from `python ractd.py distill` in four more
-points: the teacher's trajectories are solved once, before a student's training; half of them lead
-to goals of other windows; Eq. 5's distance is one that plans of many states need (`plan_distance`);
-and large's teacher learns from more noise, at which the way of so long a plan is decided.
+The teacher is plain, as in the paper. Training differs from `python ractd.py distill` in three more
+points: half of the teacher's trajectories lead to goals of other windows, and none starts where a
+second call does; Eq. 5's distance is one that plans of many states need (`plan_distance`); and
+large's teacher learns from more noise, at which the way of so long a plan is decided.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ from reproduce.common import (
 )
 from reproduce.maze import pictures, pointmaze
 from reproduce.maze.pointmaze import DataController, OpenLoop
-from reproduce.pinned import PinnedUNet, denoise, student_jump, warm_start
+from reproduce.pinned import PinnedUNet, denoise, student_jump
 
 
 @dataclasses.dataclass
@@ -60,28 +60,28 @@ class MazeConfig:
     seed: int = option(0, "seed of all training", 0, 2**63 - 1)
     horizon: int = option(128, "H: the number of states in a plan, as in the paper", 1, 4096)
     width: int = option(32, "channels of the U-Net's first of three levels, then doubled", 1, 4096)
-    teacher_steps: int = option(6000, "gradient steps of the teacher", 1, 1e9)
+    teacher_steps: int = option(6000, "gradient steps of the teacher", 1, 10**9)
     teacher_batch: int = option(128, "plans in one of its steps", 1, 100_000)
     teacher_lr: float = option(1e-3, "its peak learning rate", 1e-9, 1)
     level_mean: float = option(-1.2, "mean of ln t, its noise levels", -10, 10)
     level_std: float = option(1.2, "standard deviation of ln t", 1e-3, 10)
-    reward_steps: int = option(10_000, "gradient steps of the reward model R", 1, 1e9)
+    reward_steps: int = option(10_000, "gradient steps of the reward model R", 1, 10**9)
     reward_batch: int = option(256, "states in one of its steps", 1, 100_000)
     reward_lr: float = option(1e-3, "its peak learning rate", 1e-9, 1)
     gamma: float = option(0.99, "discount of the return-to-go", 0, 0.9999)
-    student_steps: int = option(1500, "gradient steps of the student", 1, 1e9)
+    student_steps: int = option(1500, "gradient steps of the student", 1, 10**9)
     student_batch: int = option(32, "windows in one of its steps", 1, 100_000)
     student_lr: float = option(2e-3, "its peak learning rate", 1e-9, 1)
     grid_points: int = option(20, "N: noise levels in the grid of t, u and k", 3, 9999)
     ctm_weight: float = option(1.0, "alpha of Eq. 9", 0, 1e6)
     dsm_weight: float = option(0.1, "beta of Eq. 9", 0, 1e6)
     reward_weight: float = option(1.0, "sigma of Eq. 9; CTD is a row of its own", 1e-9, 1e6)
-    trajectories: int = option(32_768, "teacher trajectories to learn from, 0: none", 0, 1e8)
+    trajectories: int = option(32_768, "teacher trajectories to learn from, 0: none", 0, 10**8)
     trajectory_batch: int = option(128, "of these in one of the student's steps", 1, 100_000)
     temperature: float = option(0.01, "scale of the noise that plans start from", 0, 100)
     nfe: int = option(1, "network calls of the student per plan", 1, 80)
     replan: int = option(0, "steps between plans, 0: one plan; below H it puts off the goal", 0)
-    episodes: int = option(100, "evaluation episodes of each task", 1, 1e6)
+    episodes: int = option(100, "evaluation episodes of each task", 1, 10**6)
     first_seed: int = option(0, "episode i has the seed first_seed + i", 0, 2**31)
 
 
@@ -193,8 +193,7 @@ def load_maze(run):
         "sha256": hashlib.sha256(states.tobytes()).hexdigest(),
         "transitions": len(states) - len(drives),
     }
-    meta = {"env": run.env, "dataset": dataset, "dims": [6, 4], "normalizer": batches.normalizer}
-    return batches, meta | {"box": torch.tensor([[-1.0, -1.0], [1.0, 1.0]])}
+    return batches, {"env": run.env, "dataset": dataset, "normalizer": batches.normalizer}
 
 
 # ---- The three stages ----------------------------------------------------------------------------
@@ -251,7 +250,7 @@ def teacher_trajectories(teacher, batches, temperature, count, batch=256):
     """At least `count` of them: conditions (N, 6), starts at T and ends (N, H, 4) each.
 
     Half of them lead to goals of other windows, as a task's starts and goals may lie farther apart
-    than those of any window. Long plans need more of them than `ractd.teacher_trajectories` solves.
+    than those of any window. Long plans need more of them from T than `ractd.TRAJECTORIES`.
     """
     sigmas = ractd.karras_sigmas(7)
     tell = progress("teacher trajectories", count, "of them")
@@ -293,7 +292,7 @@ def student_stage(config, batches, teacher, reward=None):
     """The student and loss_fn(net, average): Eq. 9 and the teacher's trajectories."""
     device = batches.obs.device
     student = make_net(config, student=True).to(device)
-    warm_start(student, teacher)
+    ractd.warm_start(student, teacher)
     sigmas = ractd.karras_sigmas(config.grid_points).to(batches.obs)
     solved = None
     if config.trajectories:

@@ -20,6 +20,8 @@ import numpy as np
 import ractd
 from reproduce.common import (
     COLORS,
+    CTD,
+    PLAIN,
     Experiment,
     canvas,
     data_label,
@@ -39,7 +41,6 @@ from reproduce.common import (
 from reproduce.planners import diffuser, trajectory_diffuser
 
 TEACHERS = (80, 20, 10)  # points of Heun
-PLAIN = {"reward_teacher": False, "reward_weight": 0.0}  # of CTD and its teacher
 
 
 @dataclasses.dataclass
@@ -47,7 +48,7 @@ class Settings:
     """What all planners have in common."""
 
     seed: int = ractd.option(0, "seed of all training", 0, 2**63 - 1)
-    episodes: int = ractd.option(20, "number of evaluation episodes", 1, 1e6)
+    episodes: int = ractd.option(20, "number of evaluation episodes", 1, 10**6)
     first_seed: int = ractd.option(0, "episode i has the seed first_seed + i", 0, 2**31)
 
 
@@ -68,23 +69,13 @@ class Row:
     built_on: list = dataclasses.field(default_factory=list)
 
 
-class MeanAction(ractd.Policy):
-    """Behaviour cloning: the mean of the logged plans in a state, D(x, 80) of the teacher."""
-
-    def forward(self, observations, noise):
-        state = ractd.encode(observations, self.obs_table)
-        x = state.new_zeros(len(state), *self.shape)
-        plan = ractd.denoise(self.net, x, ractd.SIGMA_MAX, state).clamp(-1, 1)
-        low, high = self.box
-        return ractd.decode(plan, self.action_table).clamp(low, high)
-
-
 def ractd_rows(run):
     """Behaviour cloning, the plain teacher by Heun's method, CTD and RACTD."""
     experiment = Experiment(run)
     teacher = experiment.model("teacher", PLAIN)
-    act = MeanAction(teacher, device=run.device).act
-    yield Row("behaviour cloning", act, {"denoiser": 1}, [teacher])
+    # one Euler step from no noise: D(0, 80), the mean of the logged plans in a state
+    policy = ractd.Policy(teacher, teacher_points=2, temperature=0.0, device=run.device)
+    yield Row("behaviour cloning", policy.act, {"denoiser": policy.calls}, [teacher])
     for n in TEACHERS:
         policy = ractd.Policy(teacher, teacher_points=n, device=run.device)
         yield Row(f"teacher, {n} points", policy.act, {"denoiser": policy.calls}, [teacher])
@@ -92,10 +83,11 @@ def ractd_rows(run):
         "CTD": [teacher],
         "RACTD": [experiment.model("reward"), experiment.model("teacher")],
     }
-    for label, changes in (("CTD", PLAIN), ("RACTD", {})):
-        student = experiment.student(changes)
-        act = ractd.Policy(student, run.config.nfe, device=run.device).act
-        yield Row(label, act, {"student": 1}, [student], built_on=built_on[label])
+    for label, changes in (("CTD", PLAIN | CTD), ("RACTD", {})):
+        student = experiment.model("student", changes)
+        policy = ractd.Policy(student, device=run.device)
+        calls = {"student": policy.calls}
+        yield Row(label, policy.act, calls, [student], built_on=built_on[label])
 
 
 def diffuser_rows(run, candidates):

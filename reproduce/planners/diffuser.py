@@ -44,10 +44,10 @@ class Settings:
     seed: int = ractd.option(0, "seed of all training", 0, 2**63 - 1)
     horizon: int = ractd.option(32, "H: steps in a plan; on HalfCheetah 4", 1, 1024)
     patch: int = ractd.option(4, "steps in a position of the U-Net; on HalfCheetah 1", 1, 64)
-    denoiser_steps: int = ractd.option(4000, "gradient steps of the denoiser", 1, 1e9)
+    denoiser_steps: int = ractd.option(4000, "gradient steps of the denoiser", 1, 10**9)
     denoiser_batch: int = ractd.option(256, "plans in one of its steps", 1, 100_000)
     denoiser_lr: float = ractd.option(1e-3, "its peak learning rate", 1e-9, 1)
-    value_steps: int = ractd.option(3000, "gradient steps of the value model", 1, 1e9)
+    value_steps: int = ractd.option(3000, "gradient steps of the value model", 1, 10**9)
     value_batch: int = ractd.option(256, "plans in one of its steps", 1, 100_000)
     value_lr: float = ractd.option(1e-3, "its peak learning rate", 1e-9, 1)
     gamma: float = ractd.option(0.997, "discount of the value", 0, 0.9999)
@@ -56,7 +56,7 @@ class Settings:
     stop: int = ractd.option(2, "the number of last sampling steps without them", 0, 20)
     candidates: int = ractd.option(64, "plans per state, of which the best acts", 1, 1024)
     temperature: float = ractd.option(1.0, "scale of the noise that is sampled from", 0, 100)
-    episodes: int = ractd.option(20, "number of evaluation episodes", 1, 1e6)
+    episodes: int = ractd.option(20, "number of evaluation episodes", 1, 10**6)
     first_seed: int = ractd.option(0, "episode i has the seed first_seed + i", 0, 2**31)
 
 

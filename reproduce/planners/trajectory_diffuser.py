@@ -56,14 +56,14 @@ class Settings:
     seed: int = ractd.option(0, "seed of all training", 0, 2**63 - 1)
     horizon: int = ractd.option(16, "H: states in a plan; HalfCheetah 8, Walker2d 32", 2, 1024)
     gamma: float = ractd.option(0.99, "discount of the return-to-go", 0, 0.9999)
-    draft_steps: int = ractd.option(5000, "gradient steps of the draft", 1, 1e9)
+    draft_steps: int = ractd.option(5000, "gradient steps of the draft", 1, 10**9)
     draft_batch: int = ractd.option(64, "plans in one of its steps", 1, 100_000)
     draft_lr: float = ractd.option(5e-4, "its peak learning rate", 1e-9, 1)
     mask: bool = ractd.option(True, "hide from the draft what it is to predict; released: no")
-    optimiser_steps: int = ractd.option(4000, "gradient steps of the optimiser", 1, 1e9)
+    optimiser_steps: int = ractd.option(4000, "gradient steps of the optimiser", 1, 10**9)
     optimiser_batch: int = ractd.option(256, "plans in one of its steps", 1, 100_000)
     optimiser_lr: float = ractd.option(1e-3, "its peak learning rate", 1e-9, 1)
-    inverse_dynamics_steps: int = ractd.option(10_000, "steps of the inverse dynamics", 1, 1e9)
+    inverse_dynamics_steps: int = ractd.option(10_000, "steps of the inverse dynamics", 1, 10**9)
     inverse_dynamics_batch: int = ractd.option(256, "transitions in one of them", 1, 100_000)
     inverse_dynamics_lr: float = ractd.option(1e-3, "its peak learning rate", 1e-9, 1)
     points: int = ractd.option(3, "n of Heun's method, 2 n - 3 denoiser calls", 2, 9999)
@@ -71,7 +71,7 @@ class Settings:
     target_quantile: float = ractd.option(
         0.98, "the return-to-go to ask for, as a quantile of the data's", 0, 1
     )
-    episodes: int = ractd.option(20, "number of evaluation episodes", 1, 1e6)
+    episodes: int = ractd.option(20, "number of evaluation episodes", 1, 10**6)
     first_seed: int = ractd.option(0, "episode i has the seed first_seed + i", 0, 2**31)
 
 
@@ -335,6 +335,9 @@ def parse(argv=None):
     run = parse_own(parser, Settings, argv, TASKS, "-trajectory-diffuser")
     if not all(sigma == 0 or SMIN < sigma <= ractd.SIGMA_MAX for sigma in run.sigma):
         raise ractd.UserError(f"--sigma must be 0, or more than {SMIN}, up to {ractd.SIGMA_MAX}")
+    make_network(
+        "optimiser", run.config, [1, 1]
+    )  # a wrong size is found before anything is trained
     return run
 
 
