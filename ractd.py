@@ -1043,6 +1043,8 @@ class Policy(nn.Module):
 
     def __init__(self, checkpoint, nfe=1, teacher_points=20, temperature=None, device="cpu"):
         super().__init__()
+        if checkpoint["config"].keys() != dataclasses.asdict(Config()).keys():
+            raise UserError(f"a {checkpoint['stage']} that another program made cannot act here")
         config = Config(**checkpoint["config"])
         self.student = checkpoint["stage"] == "student"
         self.net = load_network(checkpoint)
@@ -1340,8 +1342,6 @@ def act_again(run):
     """Score the student or teacher that lies in the run's folder."""
     path = run.out / f"{run.model}.pt"
     saved = load_checkpoint(path, run.model, run.device)
-    if saved["config"].keys() != dataclasses.asdict(Config()).keys():
-        raise UserError(f"{path} was made by another program")
     if run.env:
         check_compatible(path, saved, {"env": run.env})
     if saved["step"] < saved["steps"]:

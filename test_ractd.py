@@ -1728,6 +1728,11 @@ def test_a_checkpoint_of_another_version_is_refused(out, give, capsys):
         refused(capsys, give("distill"), "is of another version", "delete")
 
 
+def test_a_student_of_another_program_does_not_act_here(out, give, capsys):
+    rewrite(out / "student.pt", config={"horizon": 256, "temperature": 0.01})
+    refused(capsys, give("evaluate"), "another program")
+
+
 def test_a_flipped_byte_of_a_checkpoint_is_noticed_or_changes_nothing(out):
     path = out / "reward.pt"
     rewrite(path, net={}, optimizer={}, log=[], ema={"weight": torch.randn(99)})

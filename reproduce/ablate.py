@@ -17,6 +17,7 @@ from reproduce.common import (
     REWARD,
     Experiment,
     bar_chart,
+    check_reward_weight,
     data_label,
     make_parser,
     parse_run,
@@ -94,6 +95,8 @@ def ablations(config, env=""):
 
 def ablate(run):
     """The rows of run.what, measured -> JSON, table, picture."""
+    if run.what != "reward-input":  # which has the published weight
+        check_reward_weight(run.config)
     experiment = Experiment(run)
     config = run.config
     data = experiment.meta["dataset"]

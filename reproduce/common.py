@@ -110,6 +110,12 @@ def run_command(program, command):
     return 0
 
 
+def check_reward_weight(config):
+    """UserError where what is called RACTD would be CTD."""
+    if not config.reward_weight:
+        raise ractd.UserError("--reward-weight must be more than 0; CTD is a row of its own")
+
+
 # ---- Models and scores ---------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from reproduce.common import (
     REWARD,
     Experiment,
     canvas,
+    check_reward_weight,
     data_label,
     make_parser,
     parse_run,
@@ -40,6 +41,7 @@ LINK_ERRORS = (ImportError, AttributeError, RuntimeError)  # of OpenGL libraries
 
 def draw_returns(run):
     """returns.png: a histogram for each, the mean dotted."""
+    check_reward_weight(run.config)
     experiment = Experiment(run)
     dataset = ractd.load_dataset(run.env, run.data)
     returns = np.add.reduceat(dataset.rewards.astype(np.float64), dataset.begins)

@@ -20,6 +20,7 @@ from reproduce.common import (
     REWARD,
     Experiment,
     bar_chart,
+    check_reward_weight,
     data_label,
     make_parser,
     parse_run,
@@ -65,8 +66,7 @@ def seeds(run):
     config = run.config
     if len(set(run.seeds)) < len(run.seeds) or not 0 <= min(run.seeds) <= max(run.seeds) < 2**63:
         raise ractd.UserError("--seeds must be different numbers from 0 to 2^63 - 1")
-    if not config.reward_weight:
-        raise ractd.UserError("--reward-weight must be more than 0; CTD is a row of its own")
+    check_reward_weight(config)
     found, data = measure(run)
     rows = []
     for label, metrics in found.items():
