@@ -782,13 +782,13 @@ def teacher_trajectories(teacher, state, x_T, sigmas, scale, batch=512):
 
     The first N start at x_T (N, H, A), states (N, S), and end in plans. The others start there,
     with new noise of this scale, as a second call of the student does; a level of its grid sigmas
-    (n,) for each batch, in turn. Solved once, before the student's training, by Heun's method.
+    (n,) for each block, in turn. Solved once, before the student's training, by Heun's method.
     """
     first = []
     second = []
     inner = sigmas[1:-1].tolist()
-    batches = math.ceil(len(x_T) / batch)
-    levels = itertools.cycle(inner[:: math.ceil(len(inner) / batches)])
+    blocks = math.ceil(len(x_T) / batch)
+    levels = itertools.cycle(inner[:: math.ceil(len(inner) / blocks)])
     for s_n, x, t in zip(state.split(batch), x_T.split(batch), levels, strict=False):
         denoiser = lambda x, t, s_n=s_n: denoise(teacher, x, t, s_n)
         end = heun_sample(denoiser, x, karras_sigmas(12))
