@@ -4,6 +4,7 @@
 
 results/<task>/<run>/score_*.json are those that `python ractd.py distill` and `python -m
 reproduce.seeds` write, a folder for each run: seed<s> for the default with that training seed.
+results/<task>/baselines/<algorithm>_seed<s>.json are those of `reproduce.baselines`.
 """
 
 import json
@@ -24,6 +25,10 @@ def read_scores(folder=RESULTS):
         label = metrics["method"] if run.startswith("seed") else run
         row = found[task][label, metrics["calls"]]
         row[run] = (metrics["score_mean"], metrics["score_sem"])
+    for path in sorted(folder.glob("*/baselines/*_seed*.json")):
+        metrics = json.loads(path.read_text())
+        row = found[path.parts[-3]][f"{metrics['algorithm']} of d3rlpy", 1]
+        row[f"seed{metrics['seed']}"] = (metrics["score_mean"], metrics["score_sem"])
     return found
 
 

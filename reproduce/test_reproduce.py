@@ -474,12 +474,15 @@ def test_the_table_has_means_over_training_seeds_and_the_runs_names(tmp_path, ca
     score("seed1", 20.0)
     score("seed0", 30.0, calls=2)
     score("paper-losses", 5.0)
+    iql = {"algorithm": "iql", "seed": 1, "score_mean": 7.0, "score_sem": 0.5}
+    common.write_json(tmp_path / "a-task/baselines/iql_seed1.json", iql)
     tables.print_scores(tables.read_scores(tmp_path))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| | calls | a-task |"
     assert lines[2:] == [
         "| RACTD | 1 | **15.0**: 10.0 ± 0.5, 20.0 ± 0.5 |",
         "| RACTD | 2 | 30.0 ± 0.5 |",
+        "| iql of d3rlpy | 1 | 7.0 ± 0.5 |",
         "| paper-losses | 1 | 5.0 ± 0.5 |",
     ]
 
