@@ -579,6 +579,15 @@ def test_gaussian_plans_weighted_by_a_linear_reward_are_shifted_and_as_wide_as_b
     assert ractd.advantage_weight(tensor(9.0), 0) == approx(math.exp(5))
 
 
+@pytest.mark.parametrize("denoising, distance", [("mean", "squared"), ("paper", "pseudo_huber")])
+def test_the_teachers_distance_is_what_denoising_says(denoising, distance, monkeypatch):
+    calls = record(monkeypatch, "edm_loss")
+    config = Config(horizon=8, reward_teacher=False, denoising=denoising)
+    teacher, loss_fn = ractd.teacher_stage(config, ractd.Batches(episodes(8), horizon=8))
+    loss_fn(teacher, teacher)
+    assert calls[0][-1] is getattr(ractd, distance)
+
+
 def test_a_reward_teacher_and_its_student_learn_from_weighted_windows(monkeypatch):
     torch.manual_seed(0)
     batches = ractd.Batches(episodes(8), horizon=8)
