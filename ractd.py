@@ -1361,7 +1361,7 @@ COMMANDS = {  # what each does, and its flags
     "data": ("fetch the dataset and print what is in it", "env data"),
     "reward": ("train the reward model R, a return-to-go", REWARD),
     "teacher": ("train the EDM teacher, Eq. 4, and first the R that weights its windows", TEACHER),
-    "distill": ("train what is missing of R and teacher, the student, Eq. 9; score it", DISTILL),
+    "distill": ("train R and teacher if missing, then the student, Eq. 9; score it", DISTILL),
     "evaluate": ("score a saved student or teacher", EVALUATE),
 }
 FLAGS = {  # those that are no fields of Config
