@@ -3,7 +3,8 @@
     python -m reproduce.tables
 
 results/<task>/<run>/score_*.json are those that `python ractd.py distill` and `python -m
-reproduce.seeds` write, a folder for each run: seed<s> for the default with that training seed.
+reproduce.seeds` write, a folder for each run: seed<s> for the default with that training
+seed, <name>_seed<s> for another run that the table calls <name>.
 results/<task>/baselines/<algorithm>_seed<s>.json are those of `reproduce.baselines`.
 """
 
@@ -22,7 +23,7 @@ def read_scores(folder=RESULTS):
     for path in sorted(folder.glob("*/*/score_*.json")):
         metrics = json.loads(path.read_text())
         task, run = path.parts[-3:-1]
-        label = metrics["method"] if run.startswith("seed") else run
+        label = metrics["method"] if run.startswith("seed") else run.partition("_seed")[0]
         row = found[task][label, metrics["calls"]]
         row[run] = (metrics["score_mean"], metrics["score_sem"])
     for path in sorted(folder.glob("*/baselines/*_seed*.json")):

@@ -473,7 +473,7 @@ def test_the_table_has_means_over_training_seeds_and_the_runs_names(tmp_path, ca
     score("seed0", 10.0)
     score("seed1", 20.0)
     score("seed0", 30.0, calls=2)
-    score("paper-losses", 5.0)
+    score("paper-losses_seed0", 5.0)
     iql = {"algorithm": "iql", "seed": 1, "score_mean": 7.0, "score_sem": 0.5}
     common.write_json(tmp_path / "a-task/baselines/iql_seed1.json", iql)
     tables.print_scores(tables.read_scores(tmp_path))
