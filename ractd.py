@@ -866,7 +866,7 @@ def student_stage(config, batches, teacher, reward=None):
     reward_in_loss = reward if config.reward_weight else None  # Eq. 8
     if config.trajectories:
         count = min(TRAJECTORIES, config.trajectories * config.student_steps)
-        print(f"student: solves {count:,} trajectories of the teacher", flush=True)
+        print(f"student: solves {2 * count:,} trajectories of the teacher", flush=True)
         states, x0 = batches.windows(count, sums)
         x_T = config.temperature * SIGMA_MAX * torch.randn_like(x0)
         sigmas = karras_sigmas(config.grid_points)
