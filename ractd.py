@@ -129,7 +129,7 @@ STAGE_FIELDS = {
     "reward_weight reward_input trajectories temperature",
 }
 
-# Eqs. 4 to 9 as the paper writes them, but for README.md's second table, at the default's size
+# Eqs. 4 to 9 as the paper writes them, but for README.md's "where paper and code differ"
 PAPER_LOSSES = {"denoising": "paper", "reward_teacher": False, "trajectories": 0}
 PAPER_LOSSES |= {"reward_actions": 1, "reward_networks": 1, "temperature": 1.0}
 # the published sizes, and as many steps as on hopper-medium-replay
