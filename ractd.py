@@ -657,9 +657,9 @@ def ctm_loss(jump, frozen_jump, denoiser, x_t, t, u, k, smin=SIGMA_MIN, distance
 def dsm_loss(prediction, x0, t, distance=squared):
     """Eq. 7: w(t) d(x0, prediction of x0 from x_t), mean over the batch -> scalar.
 
-    prediction (B, H, A): with --denoising paper G(x_t, t, 0), Eq. 7 to the letter, by pseudo-Huber
-    a median of all plans where Eq. 5 asks for the end of one ODE path; with mean g(x_t, t, t), the
-    student as a denoiser (Kim et al. 2024), by the squared error.
+    prediction (B, H, A). --denoising mean: g(x_t, t, t), the student as a denoiser (Kim et al.
+    2024), with the squared error; paper: G(x_t, t, 0), Eq. 7 to the letter, with pseudo-Huber: its
+    minimiser is a median of all plans, where Eq. 5 asks for the end of one ODE path.
     """
     return (edm_weight(t) * distance(prediction, x0)).mean()
 
@@ -782,7 +782,8 @@ def teacher_trajectories(teacher, state, x_T, sigmas, scale, batch=512):
 
     The first N start at x_T (N, H, A), states (N, S), and end in plans. The others start there,
     with new noise of this scale, as a second call of the student does; a level of its grid sigmas
-    (n,) for each block, in turn. Solved once, before the student's training, by Heun's method.
+    (n,) for each block, in turn. Solved once, before the student's training, by Heun's method of 12
+    points, and 8 for the second.
     """
     first = []
     second = []

@@ -1,4 +1,4 @@
-"""TD3+BC, IQL and behaviour cloning on the same data, by d3rlpy: what RACTD's scores are compared with.
+"""TD3+BC, IQL and behaviour cloning by d3rlpy, on the same data: what RACTD is compared with.
 
     python -m reproduce.baselines --env hopper-medium-replay --algorithm iql [--data FILE]
 
