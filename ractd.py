@@ -936,11 +936,10 @@ def train_step(net, average, optimizer, loss_fn, decay):
     loss, info = loss_fn(net, average)
     optimizer.zero_grad()
     loss.backward()
-    norm = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
     optimizer.step()
     with torch.no_grad():  # decay 0 copies, decay 1 never moves
         torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
-    return {**info, "loss": loss.detach(), "grad": norm}
+    return {**info, "loss": loss.detach()}
 
 
 def mean_of(infos, stage, step):

@@ -82,7 +82,7 @@ def draw_training(run):
     for (stage, rows), axis in zip(logs.items(), axes[0], strict=True):
         steps = [row["step"] for row in rows]
         for name in rows[0]:
-            if name not in ("step", "steps", "grad", "steps_per_s"):
+            if name not in ("step", "steps", "steps_per_s"):
                 axis.plot(steps, [row[name] for row in rows], label=name)
         axis.set(title=stage, xlabel="gradient steps", ylabel="mean since the last point")
         axis.legend(fontsize=8, bbox_to_anchor=(1, 1), loc="upper left")
