@@ -113,10 +113,10 @@ class Config:
     reward_weight: float = option(0.3, "sigma of Eq. 9; 0: CTD; presets: as published", 0, 10**6)
     reward_input: str = option("plan", REWARD_INPUT, choices=("plan", "dsm"))
     trajectories: int = option(192, "teacher trajectories in a student step; 0: none", 0, 100_000)
-    temperature: float = option(0.25, "scale of the noise to act from", 0, 100)
+    temperature: float = option(0.25, "scale of the acting noise; evaluate: as trained", 0, 100)
     nfe: int = option(1, "network calls of the student per plan", 1, 80)
     teacher_points: int = option(20, "n: points of Heun's method, 2 n - 3 calls", 3, 9999)
-    episodes: int = option(20, "number of evaluation episodes; 0: no evaluation", 0, 10**6)
+    episodes: int = option(20, "number of evaluation episodes; distill: 0 for none", 0, 10**6)
     first_seed: int = option(0, "episode i has the seed first_seed + i", 0, 2**31)
 
 
@@ -1365,7 +1365,7 @@ COMMANDS = {  # what each does, and its flags
     "evaluate": ("score a saved student or teacher", EVALUATE),
 }
 FLAGS = {  # those that are no fields of Config
-    "env": {"help": f"one of {', '.join(ENVS)}; with --data any gymnasium id"},
+    "env": {"help": f"one of {', '.join(ENVS)}; for other data any gymnasium id"},
     "data": {"help": "FILE.hdf5 in D4RL's layout, or minari:ID (default: D4RL's file of --env)"},
     "out": {"help": "folder for all that is written (default: runs/<env>)"},
     "device": {"help": "cpu, cuda, cuda:1, ... (default: cpu)"},

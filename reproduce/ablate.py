@@ -28,8 +28,7 @@ from reproduce.common import (
     write_json,
 )
 
-# with a plain teacher, but for the two rows of reward-stage that say otherwise
-PAPER = "paper, on D4RL's hopper-medium-replay"
+PAPER = "paper: hopper-medium-replay of D4RL, a plain teacher if not said otherwise"
 
 
 @dataclasses.dataclass
@@ -67,7 +66,7 @@ def ablations(config, env=""):
             Row("in both (RACTD)", REWARD, 96.0),
         ],
         "reward-weight": [
-            Row("0 (CTD)", CTD, 50.8),
+            Row("0", CTD, 50.8),
             Row("0.5 sigma", {"reward_weight": 0.5 * sigma}),
             Row("sigma", {}, 109.5),
             Row("2 sigma", {"reward_weight": 2.0 * sigma}, 17.0),

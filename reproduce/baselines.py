@@ -6,7 +6,7 @@ d3rlpy 2.8.1 needs an environment of its own: `pip install torch==2.13.0 d3rlpy=
 install -r requirements.txt`, where pip says that d3rlpy wants an older gymnasium: ours will do.
 Its own hyperparameters but a batch of 256 and standardised observations; for IQL rewards scaled to
 returns of a range of 1000, as its authors do on these tasks. Acts in the simulator of `ractd.py
-evaluate`, deterministically, after the last step. Writes <out>/baseline_<algorithm>.json.
+evaluate`, deterministically, after the last step. Writes <out>/<algorithm>_seed<s>.json.
 """
 
 import dataclasses
@@ -43,12 +43,13 @@ class Settings:
     first_seed: int = option(0, "episode i has the seed first_seed + i", 0, 2**31)
 
 
-def make_algorithm(name, device):
-    """d3rlpy's learner, untrained."""
+def make_algorithm(name, box, device):
+    """d3rlpy's learner, untrained; box: the space of actions, as its policies act in [-1, 1]."""
     from d3rlpy import algos, preprocessing
 
     standardised = preprocessing.StandardObservationScaler()
     common = {"batch_size": 256, "observation_scaler": standardised}
+    common["action_scaler"] = preprocessing.MinMaxActionScaler(box.low, box.high)
     if name == "td3bc":
         return algos.TD3PlusBCConfig(**common).create(device)
     if name == "bc":
@@ -70,14 +71,19 @@ def episodes_of(dataset):
 def baseline(run):
     """Train, score, write the JSON, print one line."""
     warnings.filterwarnings("ignore", module="gym")  # which d3rlpy imports
-    import d3rlpy
+    try:
+        import d3rlpy
+    except ImportError as error:
+        text = f"{error}: `python -m reproduce.baselines --help` tells what to install"
+        raise ractd.UserError(text) from None
 
     settings = run.config
     dataset = ractd.load_dataset(run.env, run.data)
     meta = dataset.summary()
     make_env = ractd.simulator(run.env, meta)
+    box = make_env().action_space
     d3rlpy.seed(settings.seed)
-    algorithm = make_algorithm(settings.algorithm, str(run.device))
+    algorithm = make_algorithm(settings.algorithm, box, str(run.device))
     began = time.perf_counter()
     algorithm.fit(  # shows its own progress, with ETA
         episodes_of(dataset),
@@ -95,7 +101,7 @@ def baseline(run):
     about = {"env": run.env, "dataset": meta, **dataclasses.asdict(settings)}
     about |= {"train_s": seconds, "threads": torch.get_num_threads()}
     about |= {"score_mean": mean, "score_sem": error, "unit": unit}
-    path = run.out / f"baseline_{settings.algorithm}.json"
+    path = run.out / f"{settings.algorithm}_seed{settings.seed}.json"
     write_json(path, about | result)
     print(data_label(run.env, meta))
     score = f"{unit} {plus_minus(mean, error)}"

@@ -199,6 +199,8 @@ def run_maze(args):
         raise UserError("--steps must be at least 1, --noise at least 0")
     if args.kind:
         raise UserError("--kind is for SAC's data: leave it out")
+    if not args.out and (args.seed, steps) != (0, 1_000_000):
+        raise UserError("--out ID is needed with another --steps or --seed than the recipe's")
     dataset_id = pointmaze.collect(maze, steps, args.noise, args.seed, args.out)
     print(f"minari:{dataset_id}: {steps:,} steps")
     print(f"next: python -m reproduce.maze.maze2d --maze {maze.name} --data minari:{dataset_id}")

@@ -38,7 +38,7 @@ CTD = {"reward_weight": 0.0}
 def make_parser(name, text):
     """The parser of `python -m reproduce.<name>`; text: the module's docstring."""
     return argparse.ArgumentParser(
-        prog=f"{name.split('.')[-1]}.py",
+        prog=f"python -m reproduce.{name}",
         description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -174,6 +174,12 @@ class Experiment:
                 print(f"{metrics['method']}: score from {path}")
                 return metrics
         return ractd.evaluate_and_report(checkpoint, config, self.run.out, self.run.device)
+
+
+def load_weights(net, checkpoint, device):
+    """`net` on the device with the averaged weights of a checkpoint, frozen."""
+    net.load_state_dict(checkpoint["ema"])
+    return net.to(device).eval().requires_grad_(False)
 
 
 def window_starts(begins, ends, horizon):

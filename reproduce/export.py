@@ -107,7 +107,7 @@ def check_onnx(session, deployed):
         error = np.abs(found - right).max()
         if not error <= TOLERANCE * max(1, np.abs(right).max()):
             text = f"the plans of the ONNX file differ from the policy's by {error:.1e}"
-            raise ractd.UserError(f"{text} in a batch of {batch}; nothing is written")
+            raise ractd.UserError(f"{text} in a batch of {batch}; it is not written")
 
 
 def export(run):

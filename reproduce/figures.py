@@ -8,7 +8,7 @@ returns     Figure 3: returns of the data's episodes, the plain teacher's, CTD's
 training    the logged losses of the stages that lie there
 video       the students of two run folders in the same episode (--first-seed), side by side, as
             GIF in real time: CTD's of --ctd, RACTD's of --out; the latter alone if there is no CTD.
-            CTD's folder: `ractd.py distill --no-reward-teacher --reward-weight 0 --out FOLDER`
+            CTD's folder: `ractd.py distill --env ENV --no-reward-teacher --reward-weight 0 --out X`
 """
 
 import io

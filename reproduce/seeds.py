@@ -66,6 +66,8 @@ def seeds(run):
     config = run.config
     if len(set(run.seeds)) < len(run.seeds) or not 0 <= min(run.seeds) <= max(run.seeds) < 2**63:
         raise ractd.UserError("--seeds must be different numbers from 0 to 2^63 - 1")
+    if run.seed is not None:
+        raise ractd.UserError("--seed: give --seeds, which may be one")
     check_reward_weight(config)
     found, data = measure(run)
     rows = []

@@ -25,6 +25,8 @@ def read_scores(folder=RESULTS):
         task, run = path.parts[-3:-1]
         label = metrics["method"] if run.startswith("seed") else run.partition("_seed")[0]
         row = found[task][label, metrics["calls"]]
+        if run in row:
+            raise SystemExit(f"{path}: a second score of {label}, {metrics['calls']} call(s)")
         row[run] = (metrics["score_mean"], metrics["score_sem"])
     for path in sorted(folder.glob("*/baselines/*_seed*.json")):
         metrics = json.loads(path.read_text())

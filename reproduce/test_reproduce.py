@@ -527,7 +527,11 @@ def test_a_baseline_learns_from_the_data_and_acts_in_the_simulator(
         return SimpleNamespace(create=lambda device: Learner())
 
     algos = SimpleNamespace(TD3PlusBCConfig=config, IQLConfig=config, BCConfig=config)
-    scalers = {"StandardObservationScaler": object, "ReturnBasedRewardScaler": SimpleNamespace}
+    scalers = {
+        "StandardObservationScaler": object,
+        "MinMaxActionScaler": lambda low, high: (low.tolist(), high.tolist()),
+        "ReturnBasedRewardScaler": SimpleNamespace,
+    }
     double = SimpleNamespace(
         seed=lambda seed: given.update(seed=seed),
         algos=algos,
@@ -538,9 +542,10 @@ def test_a_baseline_learns_from_the_data_and_acts_in_the_simulator(
     monkeypatch.setitem(sys.modules, "d3rlpy.dataset", SimpleNamespace(MDPDataset=lambda *x: x))
     flags = [f"--env={ENV}", f"--data={log_file}", f"--algorithm={algorithm}", "--out=b"]
     assert baselines.main([*flags, "--steps=7", "--seed=4", "--episodes=3"]) == 0
-    result = read(Path(f"b/baseline_{algorithm}.json"))
+    result = read(Path(f"b/{algorithm}_seed4.json"))
     assert given["steps"] == result["steps"] == 7 and given["seed"] == 4
     assert given["options"]["batch_size"] == 256
+    assert given["options"]["action_scaler"] == ([-1.0] * 3, [1.0] * 3)
     assert ("reward_scaler" in given["options"]) == (algorithm == "iql")
     _, _, _, terminals, timeouts = given["dataset"]
     assert np.flatnonzero(terminals).tolist() == [39, 52]

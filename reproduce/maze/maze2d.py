@@ -35,6 +35,7 @@ from reproduce.common import (
     acting_noise,
     file_label,
     in_turns,
+    load_weights,
     make_parser,
     mean_and_error,
     parse_own,
@@ -233,8 +234,7 @@ def load_network(checkpoint, device):
         net = GoalReward()
     else:
         net = make_net(MazeConfig(**checkpoint["config"]), checkpoint["stage"] == "student")
-    net.load_state_dict(checkpoint["ema"])
-    return net.to(device).eval().requires_grad_(False)
+    return load_weights(net, checkpoint, device)
 
 
 def plan_distance(a, b, c=0.1):

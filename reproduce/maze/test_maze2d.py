@@ -25,9 +25,11 @@ LAYOUTS = {  # D4RL's: # a wall, G the fixed goal
     "large": "############ #OOOO#OOOOO# #O##O#O#O#O# #OOOOOO#OOO# #O####O###O# "
     "#OO#O#OOOOO# ##O#O#O#O### #OO#OOO#OGO# ############",
 }
-TINY = """--horizon=32 --width=8 --episodes=3 --grid-points=5 --trajectories=300
---trajectory-batch=4 --teacher-batch=8 --reward-batch=8 --student-batch=8 --teacher-steps=6
---reward-steps=6 --student-steps=6""".split()
+TINY = [
+    *("--horizon=32", "--width=8", "--episodes=3", "--grid-points=5", "--trajectories=300"),
+    *("--trajectory-batch=4", "--teacher-batch=8", "--reward-batch=8", "--student-batch=8"),
+    *("--teacher-steps=6", "--reward-steps=6", "--student-steps=6"),
+]
 
 
 @pytest.fixture(autouse=True)

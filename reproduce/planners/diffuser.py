@@ -25,6 +25,7 @@ from reproduce.common import (
     acting_noise,
     data_label,
     kept_score,
+    load_weights,
     make_parser,
     parse_own,
     plus_minus,
@@ -98,12 +99,6 @@ def make_unet(plan_dim, state_dim, horizon, patch, pinned):
     if horizon % multiple:
         raise ractd.UserError(f"--horizon {horizon}: must be a multiple of {multiple}")
     return PinnedUNet(plan_dim, state_dim, **size, pinned=pinned)
-
-
-def load_weights(net, checkpoint, device):
-    """`net` on the device with the averaged weights of a checkpoint, frozen."""
-    net.load_state_dict(checkpoint["ema"])
-    return net.to(device).eval().requires_grad_(False)
 
 
 # ---- Training ------------------------------------------------------------------------------------

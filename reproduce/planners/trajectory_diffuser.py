@@ -34,6 +34,7 @@ from reproduce.common import (
     acting_noise,
     data_label,
     kept_score,
+    load_weights,
     make_parser,
     parse_own,
     plus_minus,
@@ -41,7 +42,7 @@ from reproduce.common import (
     run_command,
 )
 from reproduce.pinned import denoise
-from reproduce.planners.diffuser import InnerBatches, load_weights, make_unet
+from reproduce.planners.diffuser import InnerBatches, make_unet
 
 TASKS = {"halfcheetah": {"horizon": 8}, "walker2d": {"horizon": 32}}  # as released
 SMIN = 0.002  # lower than ractd.py's: actions are read off the small change of a state in one step
