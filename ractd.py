@@ -35,6 +35,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -60,9 +61,9 @@ TASKS = {
     "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0, (0.5, 1.0, 0.0)),
 }
 ENVS = {
-    f"{task}-{kind}": (*row, sigma)
-    for task, (*row, sigmas) in TASKS.items()
-    for kind, sigma in zip(KINDS, sigmas, strict=True)
+    f"{task}-{kind}": (*row, weight)
+    for task, (*row, weights) in TASKS.items()
+    for kind, weight in zip(KINDS, weights, strict=True)
 }
 ENVS["door-human"] = ("gymnasium_robotics:AdroitHandDoor-v1", -56.512833, 2880.5693, 1.0)
 
@@ -171,9 +172,10 @@ class Dataset:
             if x.dtype.kind not in "fiub" or x.ndim != dims or len(x) != rows or not rows:
                 want = f"not {rows or 'some'} rows of numbers, {dims}-D"
                 raise UserError(f"{name}: {key} has shape {x.shape} and type {x.dtype}, {want}")
-            if not np.isfinite(x).all():
-                row = np.argwhere(~np.isfinite(x))[0][0]
-                raise UserError(f"{name}: {key} is NaN or infinite in row {row}")
+            good = np.abs(x) < 1e30  # float32 ends at 3e38; NaN is not less
+            if not good.all():
+                row = np.argwhere(~good)[0][0]
+                raise UserError(f"{name}: {key} is NaN, infinite or beyond 1e30 in row {row}")
         columns = [x.astype(np.float32) for x in columns]
         self.observations, self.actions, self.rewards, terminals, timeouts = columns
         ends = np.flatnonzero(terminals + timeouts)
@@ -200,8 +202,8 @@ def load_dataset(env, data=""):
     if data.startswith("minari:"):
         return read_minari(data.removeprefix("minari:"))
     if data:
-        return read_hdf5(Path(data), Path(data).name, "file, not D4RL's")
-    folder = os.environ.get("D4RL_DATASET_DIR") or os.path.expanduser("~/.d4rl/datasets")
+        return read_hdf5(Path(data), Path(data).name, "from --data")
+    folder = os.path.expanduser(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets")
     if folder.startswith("~"):
         raise UserError("there is no home folder; set D4RL_DATASET_DIR, or give --data FILE")
     where = DOOR if env == "door-human" else f"gym_mujoco_v2/{env.replace('-', '_')}-v2.hdf5"
@@ -285,13 +287,13 @@ def read_minari(dataset_id):
     except Exception as error:  # whatever a network library raises, too
         hint = "Box spaces? network? pip install 'minari[hf,gcs]'?"
         raise UserError(f"minari:{dataset_id} cannot be read ({error!r}); {hint}") from error
-    return Dataset(dataset_id, "minari, not D4RL's", columns)
+    return Dataset(dataset_id, "minari", columns)
 
 
 def flat(observation, rows):
     """An array, or a dict of them without `achieved_goal`, side by side: (rows, O)."""
     if not isinstance(observation, dict):
-        return np.reshape(observation, (rows, -1))
+        return observation.reshape(rows, -1)  # a tuple, which is no vector, cannot
     keys = sorted(observation.keys() - {"achieved_goal"})
     return np.concatenate([flat(observation[key], rows) for key in keys], axis=1)
 
@@ -777,13 +779,13 @@ def advantage_sums(batches, reward_model):
 
 
 @torch.no_grad()
-def teacher_trajectories(teacher, state, x_T, sigmas, scale, batch=512):
+def teacher_trajectories(teacher, state, x_T, sigmas, temperature, batch=512):
     """Solved trajectories of the teacher: x_t (2 N, H, A), t (2 N,), end (2 N, H, A).
 
-    The first N start at x_T (N, H, A), states (N, S), and end in plans. The others start there,
-    with new noise of this scale, as a second call of the student does; a level of its grid sigmas
-    (n,) for each block, in turn. Solved once, before the student's training, by Heun's method of 12
-    points, and 8 for the second.
+    The first N start at x_T (N, H, A), states (N, S), and end in plans. The others start at those
+    plans, noised anew to a level of the student's grid sigmas (n,), as its second call does; the
+    levels take turns, `batch` plans each. Heun's method has 12 points for the first, 8 for these.
+    Solved once, before the student's training.
     """
     first = []
     second = []
@@ -794,7 +796,7 @@ def teacher_trajectories(teacher, state, x_T, sigmas, scale, batch=512):
         denoiser = lambda x, t, s_n=s_n: denoise(teacher, x, t, s_n)
         end = heun_sample(denoiser, x, karras_sigmas(12))
         first.append((x, x.new_full((len(x),), SIGMA_MAX), end))
-        x_t = end + math.sqrt(t**2 - SIGMA_MIN**2) * scale * torch.randn_like(end)
+        x_t = end + math.sqrt(t**2 - SIGMA_MIN**2) * temperature * torch.randn_like(end)
         end_t = heun_sample(denoiser, x_t, karras_sigmas(8, smax=t))
         second.append((x_t, x.new_full((len(x),), t), end_t))
     return [torch.cat(column) for column in zip(*first, *second, strict=True)]
@@ -977,19 +979,19 @@ def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_de
         net.parameters(), lr, (0.95, 0.999), weight_decay=weight_decay, fused=True
     )
     parts = {"net": net, "ema": average, "optimizer": optimizer}
-    state = {"stage": stage, "format": FORMAT, "step": 0, "steps": steps, "log": [], "seconds": 0.0}
+    done = {"stage": stage, "format": FORMAT, "step": 0, "steps": steps, "log": [], "seconds": 0.0}
 
     # go on where a checkpoint stops
     if path.exists():
         saved = load_checkpoint(path, stage, device)
-        state = {name: saved[name] for name in state}
+        done = {name: saved[name] for name in done}
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"].cpu())
         torch.cuda.set_rng_state_all([x.cpu() for x in saved["cuda_rng"]])
-        print(f"{stage}: goes on from step {state['step']:,} of {steps:,}")
+        print(f"{stage}: goes on from step {done['step']:,} of {steps:,}")
 
-    step = state["step"]
+    step = done["step"]
     twentieth = max(1, steps // 20)  # steps of the warm-up, and between two lines
     infos = []  # since the last line
     logged_at = saved_at = time.monotonic()
@@ -1005,14 +1007,14 @@ def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_de
 
             # tell
             now = time.monotonic()
-            if step == steps or not state["log"] or step % twentieth == 0:
+            if step == steps or not done["log"] or step % twentieth == 0:
                 means = mean_of(infos, stage, step)
                 speed = len(infos) / (now - logged_at)
                 eta = datetime.timedelta(seconds=round((steps - step) / speed))
                 numbers = "  ".join(f"{name} {mean:7.4f}" for name, mean in means.items())
                 line = f"{stage:8}{step:8,}/{steps:,}  {numbers}  {speed:6.1f} steps/s  ETA {eta}"
                 print(line, flush=True)
-                state["log"].append({"step": step, "steps": steps, **means, "steps_per_s": speed})
+                done["log"].append({"step": step, "steps": steps, **means, "steps_per_s": speed})
                 infos = []
                 logged_at = now
 
@@ -1020,12 +1022,12 @@ def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_de
             if step == steps or signals or now - saved_at > SAVE_EVERY:
                 if infos:
                     mean_of(infos, stage, step)
-                state |= {"step": step, "seconds": state["seconds"] + now - saved_at}
-                state |= {name: part.state_dict() for name, part in parts.items()}
-                state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+                done |= {"step": step, "seconds": done["seconds"] + now - saved_at}
+                done |= {name: part.state_dict() for name, part in parts.items()}
+                done |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
                 with replacing(path) as f:
-                    torch.save(meta | state, f)
-                saved_at = now
+                    torch.save(meta | done, f)
+                saved_at = time.monotonic()  # the next one may take long, too
             if signals:
                 print(f"{stage}: stopped at step {step:,}, saved; the same command goes on")
                 raise KeyboardInterrupt(signals[0])
@@ -1064,7 +1066,7 @@ class Policy(nn.Module):
     @torch.inference_mode()  # a sixth faster at batch 1 than no_grad
     def act(self, observations, generators):
         """`forward` in numpy, the noise of each row from its own numpy Generator."""
-        observations = torch.tensor(observations, dtype=torch.float32, device=self.box.device)
+        observations = torch.tensor(np.array(observations, np.float32), device=self.box.device)
         sizes = (len(generators), self.obs_table.shape[1])
         if observations.shape != sizes:
             raise UserError(f"observations have shape {tuple(observations.shape)}, not {sizes}")
@@ -1110,18 +1112,21 @@ def simulator(env, data):
     gym_id = ENVS.get(env, (env,))[0]
     how = {}
     try:
-        if data["source"].startswith("minari"):
+        if env == data["name"] and data["source"].startswith("minari"):  # --env is not given
             import minari
 
-            stored = minari.load_dataset(data["name"])
+            stored = minari.load_dataset(env)
             # a set may come from anywhere: its name is used, its entry point is not called
             if spec := stored._eval_env_spec or stored.env_spec:  # the first has no public name
                 gym_id = spec.id
                 how = {**spec.kwargs, "max_episode_steps": spec.max_episode_steps}
+                if names := [wrapper.name for wrapper in spec.additional_wrappers]:
+                    print(f"{env}: acts without the set's wrappers {', '.join(names)}")
         one = gymnasium.make(gym_id, **how)
         one.close()
     except Exception as error:  # of whatever package the environment is from
-        raise UserError(f"the environment of {env} cannot be made ({error})") from None
+        hint = "if it is of another package, give --env PACKAGE:ID"
+        raise UserError(f"the environment of {env} cannot be made ({error}); {hint}") from None
 
     def vector(space):
         return all(map(vector, space.values())) if isinstance(space, Dict) else type(space) is Box
@@ -1174,11 +1179,11 @@ def evaluate(act, make_env, episodes=20, first_seed=0):
 
 def normalized_score(env, value, data=None):
     """Minari's or D4RL's score of a return or an array: 0 random, 100 expert; NaN: no reference."""
-    if data and data["source"].startswith("minari"):
+    if data and env == data["name"] and data["source"].startswith("minari"):
         import minari
 
         with contextlib.suppress(ValueError):
-            return 100 * minari.get_normalized_score(minari.load_dataset(data["name"]), value)
+            return 100 * minari.get_normalized_score(minari.load_dataset(env), value)
     _, random, expert, _ = ENVS.get(env, (env, math.nan, math.nan, None))
     return 100 * (value - random) / (expert - random)
 
@@ -1249,7 +1254,7 @@ def load_data(run, needs_simulator=True, kind=Batches):
     try:
         env = simulator(run.env, meta["dataset"])()
         sizes = [env.reset(seed=0)[0].size, math.prod(env.action_space.shape)]
-        box = np.stack([env.action_space.low, env.action_space.high]).reshape(2, -1)
+        box = np.stack([env.action_space.low, env.action_space.high], dtype=np.float32)
     except (UserError, ImportError) as error:
         if needs_simulator:
             raise
@@ -1275,7 +1280,7 @@ def check_compatible(path, saved, asked):
     """Raise UserError listing the values of `asked` that `saved` has not."""
     if wrong := [name for name in asked if saved.get(name) != asked[name]]:
         lines = [f"  {name}: {saved.get(name)} in the file, {asked[name]} asked" for name in wrong]
-        way_out = f"Give the same, or another --out, or delete {path}."
+        way_out = "Give the same, or another --out."
         raise UserError("\n".join([f"{path} was made otherwise:", *lines, way_out]))
 
 
@@ -1390,17 +1395,17 @@ def build_parser():
                 sub.add_argument(f"--{name}", **how)
         for field in dataclasses.fields(Config):
             if field.name in flags.split():
-                add_flag(sub, field, PAPER)
+                add_flag(sub, field, PAPER if "preset" in flags.split() else {})
     return parser
 
 
-def add_flag(parser, field, paper=None):
+def add_flag(parser, field, paper=()):
     """The flag of a field of Config; its help tells the default, and the paper's value if given."""
     how = {"type": field.type, "choices": field.metadata["choices"]}
     if field.type is bool:
         how = {"action": argparse.BooleanOptionalAction}
     default = f"default: {field.default}"
-    if paper and field.name in paper:
+    if field.name in paper:
         default += f"; --preset paper: {paper[field.name]}"
     text = f"{field.metadata['help']} ({default})"
     parser.add_argument("--" + field.name.replace("_", "-"), help=text, **how)
@@ -1421,7 +1426,8 @@ def prepare(run):
         minari = run.data.startswith("minari:")
         run.env = run.data.removeprefix("minari:") if minari else Path(run.data).stem
     if not (run.env or evaluates and run.out):
-        raise UserError(f"give --env, one of {', '.join(ENVS)}, or --data FILE")
+        other = "the --out of a run" if evaluates else "--data FILE"
+        raise UserError(f"give --env, one of {', '.join(ENVS)}, or {other}")
     if not evaluates and not run.data and run.env not in ENVS:
         raise UserError(f"--env {run.env} is unknown; there are {', '.join(ENVS)}; with --data any")
     run.out = Path(run.out or "runs/" + run.env.replace("/", "-"))
@@ -1459,9 +1465,8 @@ def prepare(run):
 
 def make_folder(out):
     """The run's folder, writable, without what killed processes left; OSError now, not later."""
-    with replacing(out / "probe"):
-        pass
-    (out / "probe").unlink(missing_ok=True)  # another run may have
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
     for partial in out.glob("*.pt.*.part"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - partial.stat().st_mtime > 3600:  # nobody writes for an hour
