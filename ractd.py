@@ -292,8 +292,10 @@ def read_minari(dataset_id):
 
 def flat(observation, rows):
     """An array, or a dict of them without `achieved_goal`, side by side: (rows, O)."""
+    if isinstance(observation, tuple):
+        raise TypeError("a tuple is no vector")
     if not isinstance(observation, dict):
-        return observation.reshape(rows, -1)  # a tuple, which is no vector, cannot
+        return np.reshape(observation, (rows, -1))
     keys = sorted(observation.keys() - {"achieved_goal"})
     return np.concatenate([flat(observation[key], rows) for key in keys], axis=1)
 
@@ -1112,7 +1114,7 @@ def simulator(env, data):
     gym_id = ENVS.get(env, (env,))[0]
     how = {}
     try:
-        if env == data["name"] and data["source"].startswith("minari"):  # --env is not given
+        if data["source"].startswith("minari") and env == data["name"]:  # --env is not given
             import minari
 
             stored = minari.load_dataset(env)
@@ -1179,7 +1181,7 @@ def evaluate(act, make_env, episodes=20, first_seed=0):
 
 def normalized_score(env, value, data=None):
     """Minari's or D4RL's score of a return or an array: 0 random, 100 expert; NaN: no reference."""
-    if data and env == data["name"] and data["source"].startswith("minari"):
+    if data and data["source"].startswith("minari") and env == data["name"]:
         import minari
 
         with contextlib.suppress(ValueError):

@@ -1,20 +1,17 @@
 """Tests of ractd.py in its own order, offline: python -m pytest -q test_ractd.py."""
 
-import functools
 import hashlib
-import http.server
+import io
 import json
 import math
 import os
 import pickle
 import re
-import resource
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 import warnings
@@ -23,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 
 import gymnasium
 import h5py
@@ -31,7 +28,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.wrappers import RescaleAction
 from minari.data_collector import EpisodeBuffer
 from pytest import approx
 from torch import allclose, equal, nn, randn, tensor
@@ -45,13 +42,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
 ENV = "hopper-medium-replay"
 SCRIPT = Path(ractd.__file__).resolve()
 STEPS = 12
-STAGES = ("reward", "teacher", "student")
 REWARD = ["--reward-batch=8", f"--reward-steps={STEPS}"]
 TEACHER = [*REWARD, "--horizon=8", "--teacher-batch=8", f"--teacher-steps={STEPS}"]
 STUDENT = ["--grid-points=6", "--student-batch=8", f"--student-steps={STEPS}"]
 ACT = ["--episodes=3"]
-FLAGS = {"reward": REWARD, "teacher": TEACHER, "distill": [*TEACHER, *STUDENT, *ACT]}
-FLAGS["evaluate"] = ACT
+FLAGS = {"reward": REWARD, "distill": [*TEACHER, *STUDENT, *ACT], "evaluate": ACT}
 
 
 @pytest.fixture(autouse=True)
@@ -102,21 +97,16 @@ def refused(capsys, code, *words):
     return err
 
 
-def python(*args, **how):
-    """This Python in a process of its own -> its exit code and what it printed."""
-    command = [sys.executable, *args]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **how)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """End to end, the program alone in a folder -> run folder, data file, what it printed."""
+    """End to end, the program alone in a folder, from a file whose name cannot be printed."""
     folder = tmp_path_factory.mktemp("trained")
     shutil.copy(SCRIPT, folder)
-    data = write(folder / "log.hdf5", logged())
-    where = [f"--env={ENV}", f"--data={data}"]
-    done = python("ractd.py", "distill", *where, *FLAGS["distill"], cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
+    data = write(folder / "lög.hdf5", logged())
+    command = [sys.executable, "ractd.py", "distill", f"--env={ENV}", f"--data={data}"]
+    command += FLAGS["distill"]
+    how = {"cwd": folder, "env": os.environ | {"PYTHONIOENCODING": "ascii"}}
+    done = subprocess.run(command, **how, stdout=subprocess.PIPE, text=True, check=True)
     return SimpleNamespace(out=folder / "runs" / ENV, data=data, text=done.stdout)
 
 
@@ -142,8 +132,8 @@ def give(trained, out):
 def bits(path):
     """Names of a checkpoint's average and network, and its step: equal bits, equal names."""
     saved = torch.load(path)
-    networks = [{"ema": saved[name]} for name in ("ema", "net")]
-    return *map(ractd.weights_id, networks), saved["step"]
+    network = {"ema": saved["net"]}
+    return ractd.weights_id(saved), ractd.weights_id(network), saved["step"]
 
 
 def metrics(out):
@@ -152,24 +142,23 @@ def metrics(out):
     return json.loads(path.read_text())
 
 
-def rewrite(path, **changes):
-    """Change entries of a checkpoint."""
-    torch.save(torch.load(path) | changes, path)
+def spy(monkeypatch, name):
+    """A function of ractd as a Mock that notes its calls and passes them on."""
+    mock = Mock(wraps=getattr(ractd, name))
+    monkeypatch.setattr(ractd, name, mock)
+    return mock
 
 
-def record(monkeypatch, name, number=0, act=None):
-    """The list of the arguments of a function of ractd in each call; act in the `number`-th."""
-    calls = []
-    original = getattr(ractd, name)
+def at_step(monkeypatch, number, act):
+    """Do something at the start of the `number`-th gradient step from now on."""
+    step = spy(monkeypatch, "train_step")
 
-    def recorded(*args, **how):
-        calls.append((*args, *how.values()))
-        if len(calls) == number:
+    def first_act(*_):
+        if step.call_count == number:
             act()
-        return original(*args, **how)
+        return DEFAULT  # and then the step
 
-    monkeypatch.setattr(ractd, name, recorded)
-    return calls
+    step.side_effect = first_act
 
 
 def network(seed=0, student=False):
@@ -193,15 +182,14 @@ def frozen(net):
 def test_the_unet_keeps_the_shape_and_hears_the_plan_the_state_and_the_levels(student):
     torch.manual_seed(0)
     net = UNet1d(2, 3, channels=(8, 12, 16), blocks=2, student=student)
-    shapes = [(5, 16, 2), (5,), (5, 3), (5,)]
-    inputs = [torch.rand(shape, requires_grad=True) for shape in shapes[: 3 + student]]
+    shapes = [(5, 16, 2), (5,), (5, 3), (5,)][: 3 + student]
+    inputs = [torch.rand(shape, requires_grad=True) for shape in shapes]
     y = net(*inputs)
     assert y.shape == (5, 16, 2)
     y[0].square().sum().backward()
     for value in inputs:
-        assert value.grad[0].abs().max() > 0
+        assert value.grad[0].any()
         assert not value.grad[1:].any()
-    assert all(p.grad is not None for p in net.parameters())
 
 
 def test_the_convolution_is_one():
@@ -219,11 +207,10 @@ def test_a_student_with_the_teachers_weights_is_the_teacher_for_every_k():
     ractd.warm_start(student, teacher)
     x = randn(6, 8, 2)
     state = randn(6, 3)
-    t = ractd.lognormal_levels(6)
-    expected = denoise(teacher, x, t, state)
-    for k in (t, t / 2, 0.02):
-        y = denoise(student, x, t, state, k)
-        assert allclose(y, expected, rtol=1e-5, atol=1e-5)
+    expected = denoise(teacher, x, 3.0, state)
+    for k in (3.0, 1.5, 0.02):
+        y = denoise(student, x, 3.0, state, k)
+        assert allclose(y, expected, atol=1e-5)
 
 
 SD = 0.3  # Gaussian data x0 ~ N(0, SD^2) have everything in closed form
@@ -234,14 +221,13 @@ def exact(x, t, sd=SD):
 
 
 def exact_jump(x, t, k):
-    variances = [expand(level) ** 2 + SD**2 for level in (t, k)]
-    return x * (variances[1] / variances[0]) ** 0.5
+    variance = lambda level: expand(level) ** 2 + SD**2
+    return x * (variance(k) / variance(t)) ** 0.5
 
 
 def test_the_noise_grid_falls_from_80_to_002_in_equal_steps_of_its_seventh_root():
     grid = karras_sigmas(20)
     roots = np.linspace(80 ** (1 / 7), 0.02 ** (1 / 7), 20)
-    assert grid.dtype == torch.float64
     assert grid.tolist() == approx(roots**7)
     # not a bit off: an Euler step down to smin, not half of one
     assert grid[0].item() == 80
@@ -266,14 +252,12 @@ def test_the_networks_input_has_unit_variance_and_the_denoiser_is_the_identity_a
     net = Mock(return_value=7)
     deviation = math.sqrt(level**2 + 0.25)
     x = deviation * randn(20_000, 4, 1)
+    y = denoise(net, x, torch.full((20_000,), level), None)
     c_skip = 0.25 / ((level - 0.02) ** 2 + 0.25)
     c_out = 0.5 * (level - 0.02) / deviation
-    y = denoise(net, x, level, None)
     assert allclose(y, c_skip * x + 7 * c_out, atol=1e-5)
     assert equal(y, x) == (level == 0.02)
     assert net.call_args.args[0].std() == approx(1, abs=0.02)
-    each = denoise(net, x, torch.full((20_000,), level), None)
-    assert allclose(each, y, atol=1e-5)
 
 
 def test_heun_is_of_order_two_away_from_the_smallest_level():
@@ -325,33 +309,25 @@ def test_the_edm_loss_is_least_at_the_exact_denoiser_and_dsms_is_the_same_of_a_p
     x0 = SD * randn(50_000, 4, 1)
     noise = randn(50_000, 4, 1)
     t = ractd.lognormal_levels(50_000)
-
-    def loss(factor=1.0, shift=0.0):
-        denoiser = lambda x, t: factor * exact(x, t) + shift
-        return ractd.edm_loss(denoiser, x0, t, noise)
-
-    best = loss()
-    assert best < min(loss(0.95), loss(1.05), loss(shift=0.03))
+    scaled = lambda factor: lambda x, t: factor * exact(x, t)
+    low, best, high = (ractd.edm_loss(scaled(f), x0, t, noise) for f in (0.95, 1, 1.05))
+    assert best < min(low, high)
     error = SD**2 * t**2 / (SD**2 + t**2)  # of the exact denoiser
     weight = (t**2 + 0.25) / (0.5 * t) ** 2
-    assert best == approx((weight * error).mean().item(), rel=0.02)
+    assert allclose(best, (weight * error).mean(), rtol=0.02)
     prediction = exact(x0 + expand(t) * noise, t)
     assert ractd.dsm_loss(prediction, x0, t) == best
 
 
-def test_the_reward_model_hears_the_state_and_its_first_actions_and_v_the_state_alone():
+def test_the_reward_model_is_a_mean_and_hears_the_state_and_the_first_actions():
     R = ractd.RewardModel(3, 2, actions=2, networks=3)
     state = randn(5, 3, requires_grad=True)
     plan = randn(5, 8, 2, requires_grad=True)
-    assert R.V(state).shape == (5,)
-    each = R.each(state, plan)
-    assert each.shape == (3, 5)
-    assert each.std(0).min() > 0
     mean = R(state, plan)
-    assert allclose(each.sum(0) / 3, mean)
+    assert allclose(mean, R.each(state, plan).sum(0) / 3)
     mean.sum().backward()
-    assert state.grad.abs().min() > 0
-    assert plan.grad[:, :2].abs().min() > 0
+    assert state.grad.all()
+    assert plan.grad[:, :2].all()
     assert not plan.grad[:, 2:].any()
 
 
@@ -380,38 +356,31 @@ def test_jumps_are_drawn_with_the_documented_frequencies():
     torch.manual_seed(0)
     grid = karras_sigmas(5)
     jumps = ractd.draw_jumps(40_000, grid)
-    i_t, i_u, i_k = ((level[:, None] == grid).nonzero()[:, 1] for level in jumps)
+    i_t, i_u, i_k = (torch.searchsorted(-grid, -level) for level in jumps)
     assert equal(i_u, i_t + 1)
     found = torch.bincount(5 * i_t + i_k, minlength=25).view(5, 5) / 40_000
     expected = torch.zeros(5, 5)
     for t in range(4):
         expected[t, t + 1 :] = 1 / 4 / (4 - t)
-    assert (found - expected).abs().max() < 0.01
+    assert allclose(found, expected, atol=0.01)
     assert equal(found > 0, expected > 0)
 
 
 def test_the_ctm_loss_of_the_exact_student_is_the_solvers_error_and_grows_with_a_perturbation():
     torch.manual_seed(0)
+    levels = ractd.draw_jumps(5000, karras_sigmas(40))
+    t, u, _ = levels
+    x_t = expand((SD**2 + t**2).sqrt()) * randn(5000, 4, 1)
+    error = ractd.heun_step(exact, x_t, t, u) - exact_jump(x_t, t, u)
 
-    def loss_of(n):
-        t, u, k = ractd.draw_jumps(5000, karras_sigmas(n))
-        x_t = expand((SD**2 + t**2).sqrt()) * randn(5000, 4, 1)
-        error = ractd.heun_step(exact, x_t, t, u) - exact_jump(x_t, t, u)
-        error = exact_jump(error, u, torch.full_like(u, 0.02))
+    def loss(factor=1.0, shift=0.0):
+        jump = lambda x, t, k: factor * exact_jump(x, t, k) + shift
+        functions = (jump, exact_jump, exact)
+        return ractd.ctm_loss(*functions, x_t, *levels, distance=ractd.squared)
 
-        def loss(factor=1.0, shift=0.0):
-            jump = lambda x, t, k: factor * exact_jump(x, t, k) + shift
-            both = (jump, exact_jump)
-            return ractd.ctm_loss(*both, exact, x_t, t, u, k, distance=ractd.squared)
-
-        assert loss() == approx(error.square().mean().item())
-        return loss
-
-    coarse = loss_of(20)
-    fine = loss_of(40)
-    assert 0 < fine() < coarse() / 8
-    assert fine() < fine(1.1) < fine(1.3)
-    assert fine() < min(fine(0.9), fine(shift=0.1))
+    assert allclose(loss(), exact_jump(error, u, 0.02).square().mean())
+    assert loss() < min(loss(0.9), loss(shift=0.1))
+    assert loss() < loss(1.1) < loss(1.3)
 
 
 def test_the_ctm_gradient_passes_through_the_outer_frozen_jump_but_not_to_the_target():
@@ -419,7 +388,6 @@ def test_the_ctm_gradient_passes_through_the_outer_frozen_jump_but_not_to_the_ta
     t = tensor([2.0, 1.0, 0.5, 9.0])
     u = tensor([1.0, 0.6, 0.3, 8.0])
     k = u * tensor([0.5, 1.0, 0.1, 1.0])
-    smin = torch.full((4,), 0.02)
     x_hat = randn(4, 8, 2, requires_grad=True)
     factor = tensor(0.5, requires_grad=True)
     student = lambda x, t, k: x_hat
@@ -430,11 +398,11 @@ def test_the_ctm_gradient_passes_through_the_outer_frozen_jump_but_not_to_the_ta
     assert factor.grad is None
 
     x_u = ractd.heun_step(denoiser, x_t, t, u).detach()
-    target = frozen_jump(frozen_jump(x_u, u, k), k, smin)
+    target = frozen_jump(frozen_jump(x_u, u, k), k, 0.02)
     copied = x_hat.detach().requires_grad_()
-    expected = ractd.pseudo_huber(frozen_jump(copied, k, smin), target).mean()
+    expected = ractd.pseudo_huber(frozen_jump(copied, k, 0.02), target).mean()
     expected.backward()
-    assert loss.item() == approx(expected.item(), rel=1e-5)
+    assert allclose(loss, expected)
     assert allclose(x_hat.grad, copied.grad)
 
 
@@ -446,7 +414,7 @@ def distil(teacher=1, **config):
     nets.R = frozen(ractd.RewardModel(3, 2, actions=2))
     nets.state = randn(16, 3)
     x0 = torch.rand(16, 8, 2) - 0.5
-    config = Config(**{"grid_points": 10, "reward_weight": 1.0, **config})
+    config = Config(grid_points=10, **config)
     R = nets.R if config.reward_weight else None
     three = (nets.student, nets.target, nets.teacher)
     loss, info = ractd.distillation_loss(*three, R, nets.state, x0, config)
@@ -459,76 +427,57 @@ WEIGHTS = {"ctm_weight": 1.5, "dsm_weight": 3.0, "reward_weight": 2.0}
 @pytest.mark.parametrize("alone", WEIGHTS)
 @pytest.mark.parametrize("options", [{}, {"denoising": "paper"}, {"reward_input": "dsm"}])
 def test_each_loss_alone_moves_every_student_parameter_and_nothing_else(alone, options):
-    weights = dict.fromkeys(WEIGHTS, 0.0) | {"reward_weight": 1e-9, alone: 1.0}
+    weights = dict.fromkeys(WEIGHTS, 0.0) | {alone: 1.0}
     loss, _, nets = distil(**weights, **options)
     loss.backward()
     for p in nets.student.parameters():
-        assert p.grad.abs().max() > 0
+        assert p.grad.any()
     for net in (nets.teacher, nets.target, nets.R):  # the teacher is not even frozen here
         assert all(p.grad is None for p in net.parameters())
 
 
-def test_the_total_is_eq_9_and_no_loss_depends_on_anothers_weight_but_ctm_on_the_teacher():
-    _, info, _ = distil()
-    assert info["ctm"] != distil(teacher=5)[1]["ctm"]
-    for off in WEIGHTS:
-        weights = WEIGHTS | {off: 0.0}
-        loss, others, _ = distil(**weights)
-        ctm, dsm, reward = weights.values()
-        total = ctm * others["ctm"] + dsm * others["dsm"]
-        total = total - reward * others.get("R", 0)
-        assert loss.item() == approx(total.item(), rel=1e-5)
-        for name, value in others.items():
-            assert value == approx(info[name].item(), rel=1e-4)
+def test_the_total_is_eq_9_and_ctm_alone_depends_on_the_teacher():
+    loss, info, _ = distil(**WEIGHTS)
+    assert allclose(loss, 1.5 * info["ctm"] + 3 * info["dsm"] - 2 * info["R"])
+    _, other, _ = distil(teacher=5, reward_weight=0.0)
+    assert other.keys() == {"ctm", "dsm"}
+    assert other["dsm"] == info["dsm"]
+    assert other["ctm"] != info["ctm"]
 
 
-@pytest.mark.parametrize("denoising", ["mean", "paper"])
-@pytest.mark.parametrize("reward_input", ["plan", "dsm"])
+@pytest.mark.parametrize("denoising, reward_input", [("mean", "plan"), ("paper", "dsm")])
 def test_dsm_and_the_reward_see_what_they_are_told_to(denoising, reward_input, monkeypatch):
-    calls = record(monkeypatch, "denoise")
-    dsm_calls = record(monkeypatch, "dsm_loss")
-    reward_calls = record(monkeypatch, "reward_loss")
+    denoised = spy(monkeypatch, "denoise")
+    dsm = spy(monkeypatch, "dsm_loss")
+    reward = spy(monkeypatch, "reward_loss")
     _, _, nets = distil(denoising=denoising, reward_input=reward_input)
-    _, dsm, *one_call = [args[1:] for args in calls if args[0] is nets.student]
-    ((prediction, _, level, *distance),) = dsm_calls
-    ((_, _, plan),) = reward_calls
-    x_t, t, state, k = dsm
-    assert equal(level, t)
-    assert state is nets.state
+    prediction, _, t, *distance = dsm.call_args.args
+    _, state, plan = reward.call_args.args
+    calls = [call.args for call in denoised.call_args_list if call.args[0] is nets.student]
+    x_t = next(x for _, x, level, *_ in calls if level is t)
     if denoising == "paper":
-        assert (k == 0.02).all()
         assert distance == [ractd.pseudo_huber]
-        expected = student_jump(nets.student, x_t, t, k, state)
-    else:
-        assert equal(k, t)
-        assert distance == []
-        expected = denoise(nets.student, x_t, t, state, t)
-    assert allclose(prediction, expected)
-    if reward_input == "dsm":
+        assert allclose(prediction, student_jump(nets.student, x_t, t, 0.02, state))
         assert plan is prediction
-        assert not one_call
-        return
-    ((x_T, top, _, zero),) = one_call
-    assert (top, zero) == (80, 0.02)
-    assert x_T.std() == approx(0.25 * 80, rel=0.2)  # where the policy acts
-    assert allclose(plan, student_jump(nets.student, x_T, 80.0, 0.02, state))
+    else:
+        assert distance == []
+        assert allclose(prediction, denoise(nets.student, x_t, t, state, t))
+        x_T = calls[-1][1]
+        assert x_T.std() == approx(0.25 * 80, rel=0.2)  # where the policy acts
+        assert allclose(plan, student_jump(nets.student, x_T, 80.0, 0.02, state))
 
 
 @pytest.mark.parametrize("levels", [[80.0], [80.0, 12.015, 0.885]])
 def test_sampling_takes_nfe_calls_and_restarts_at_grid_indices_27_and_54(levels):
-    calls = []
-
-    def jump(x, t, k):
-        calls.append((x.item(), t, k))
-        return 0 * x
-
-    x_T = tensor(5.0)
-    ractd.student_sample(jump, x_T, karras_sigmas(80), len(levels), torch.ones_like)
-    starts, ts, ks = zip(*calls, strict=True)
-    assert ts == approx(levels, rel=1e-3)
-    assert set(ks) == {0.02}
-    noises = [math.sqrt(t**2 - 0.02**2) for t in ts[1:]]
-    assert starts == approx([5.0, *noises])
+    jump = Mock(return_value=tensor(0.0))
+    sigmas = karras_sigmas(80)
+    ractd.student_sample(jump, tensor(5.0), sigmas, len(levels), torch.ones_like)
+    calls = tensor([call.args for call in jump.call_args_list])
+    starts, ts, ks = calls.T
+    assert allclose(ts, tensor(levels), rtol=1e-3)
+    assert (ks == 0.02).all()
+    assert starts[0] == 5
+    assert allclose(starts[1:], (ts[1:] ** 2 - 0.02**2).sqrt())
 
 
 def test_the_average_follows_the_network_as_its_decay_says():
@@ -536,10 +485,8 @@ def test_the_average_follows_the_network_as_its_decay_says():
     average = frozen(nn.Linear(2, 1))
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     old = average.weight.clone()
-
-    loss_fn = lambda net, average: (net.weight.sum(), {"extra": tensor(3.0)})
-    info = ractd.train_step(net, average, optimizer, loss_fn, decay=0.75)
-    assert info["extra"] == 3
+    loss_fn = lambda net, average: (net.weight.sum(), {})
+    ractd.train_step(net, average, optimizer, loss_fn, decay=0.75)
     assert allclose(average.weight, 0.75 * old + 0.25 * net.weight)
 
 
@@ -549,18 +496,14 @@ def test_v_is_the_log_of_the_mean_exponential(scale):
     torch.manual_seed(0)
     R = 1 + 0.5 * randn(400_000).double()
     best = 1 + scale * 0.5**2 / 2
-
-    def slope(value):
-        value = tensor(value, dtype=torch.float64, requires_grad=True)
-        ractd.value_loss(R, value, scale).backward()
-        return value.grad.item()
-
-    assert abs(slope(best)) < 0.005
-    assert slope(best - 0.1) < -0.05
-    assert slope(best + 0.1) > 0.05
-    # far off V still rises, and not faster for it
-    assert slope(-1000.0) == approx(slope(-2000.0))
-    assert -1e6 < slope(-1000.0) < 0
+    V = tensor([best - 0.1, best, best + 0.1, -1000, -2000]).double().requires_grad_()
+    sum(ractd.value_loss(R, value, scale) for value in V).backward()
+    below, at_best, above, far, farther = V.grad.tolist()
+    assert abs(at_best) < 0.005
+    assert below < -0.05
+    assert above > 0.05
+    assert -1e6 < far < 0  # rises still, and not faster for it
+    assert far == approx(farther)
 
 
 def test_gaussian_plans_weighted_by_a_linear_reward_are_shifted_and_as_wide_as_before():
@@ -578,34 +521,23 @@ def test_gaussian_plans_weighted_by_a_linear_reward_are_shifted_and_as_wide_as_b
     assert ractd.advantage_weight(tensor(9.0), 0) == approx(math.exp(5))
 
 
-@pytest.mark.parametrize("denoising, distance", [("mean", "squared"), ("paper", "pseudo_huber")])
-def test_the_teachers_distance_is_what_denoising_says(denoising, distance, monkeypatch):
-    calls = record(monkeypatch, "edm_loss")
-    config = Config(horizon=8, reward_teacher=False, denoising=denoising)
-    teacher, loss_fn = ractd.teacher_stage(config, ractd.Batches(episodes(8), horizon=8))
-    loss_fn(teacher, teacher)
-    assert calls[0][-1] is getattr(ractd, distance)
-
-
-def test_a_reward_teacher_and_its_student_learn_from_weighted_windows(monkeypatch):
+def test_the_teacher_and_its_student_learn_from_windows_that_R_weights(monkeypatch):
     torch.manual_seed(0)
     batches = ractd.Batches(episodes(8), horizon=8)
     R = frozen(ractd.RewardModel(2, 2, actions=4, networks=2))
-    seen = []
-    windows = batches.windows
-    monkeypatch.setattr(batches, "windows", lambda *args: seen.append(args[1]) or windows(*args))
-    for weighted in (True, False):
-        config = Config(horizon=8, reward_teacher=weighted, trajectories=1)
-        teacher, loss_fn = ractd.teacher_stage(config, batches, R)
-        loss_fn(teacher, teacher)
-        student, loss_fn = ractd.student_stage(config, batches, frozen(teacher), R)
-        loss_fn(student, student)
+    windows = Mock(wraps=batches.windows)
+    monkeypatch.setattr(batches, "windows", windows)
+    config = Config(horizon=8, student_steps=1)
+    teacher, loss_fn = ractd.teacher_stage(config, batches, R)
+    loss_fn(teacher, teacher)
+    student, loss_fn = ractd.student_stage(config, batches, frozen(teacher), R)
+    loss_fn(student, student)
     state, plan = batches.rows(torch.arange(len(batches.obs)), 4)
     advantage = R(state, plan) - R.V(state)
-    weights = (40 * advantage).clamp(max=5).exp()
-    for sums in seen[:3]:  # of the teacher, the trajectories and the student
-        assert allclose(sums, weights.double().cumsum(0), rtol=1e-4)
-    assert seen[3:] == [None] * 3
+    expected = (40 * advantage).clamp(max=5).exp().cumsum(0)
+    assert windows.call_count == 3  # for the teacher, the trajectories and the student
+    for call in windows.call_args_list:
+        assert allclose(call.args[1].float(), expected, rtol=1e-3)
     batches.obs[0] = math.nan  # as from an R that a large learning rate has broken
     with pytest.raises(UserError, match="try a smaller"):
         ractd.advantage_sums(batches, R)
@@ -629,102 +561,80 @@ def test_windows_are_drawn_by_their_weights_also_from_millions_of_rows():
 
 
 def exact_network(x, t, state, k=None):
-    """The network F of the exact denoiser and, with a k, of the exact jump for N(0, SD^2)."""
-    c_skip, c_out, c_in = ractd.precondition(t)
-    x = x / expand(c_in)
-    clean = exact(x, t)
+    """The network F of the exact denoiser, with a k of the exact jump, for N(state, SD^2)."""
+    c_skip, c_out, c_in = map(expand, ractd.precondition(t))
+    mean = expand(state[:, 0])
+    x = x / c_in
+    clean = mean + exact(x - mean, t)
     if k is not None:
         share = expand(k / t)
-        clean = (exact_jump(x, t, k) - share * x) / (1 - share)
-    return (clean - expand(c_skip) * x) / expand(c_out)
+        clean = (mean + exact_jump(x - mean, t, k) - share * x) / (1 - share)
+    return (clean - c_skip * x) / c_out
 
 
 def test_trajectories_end_where_the_exact_jump_does_but_for_heuns_error():
-    """From x_T, and from what a second call of the student starts from."""
+    """From x_T, and from what a second call of the student starts from, at levels of its grid."""
     torch.manual_seed(0)
     x_T = 20 * randn(1500, 4, 1).double()
     state = randn(1500, 1)
-    solve = ractd.teacher_trajectories
-    sigmas = tensor([80.0, 9.0, 0.5, 0.02])
-    x, t, end = solve(exact_network, state, x_T, sigmas, 0.25)
-    truth = exact_jump(x, t, torch.full_like(t, 0.02))
+    sigmas = karras_sigmas(80)
+    x, t, end = ractd.teacher_trajectories(exact_network, state, x_T, sigmas, 0.25)
+    mean = expand(torch.cat([state[:, 0]] * 2))
+    truth = mean + exact_jump(x - mean, t, 0.02)
     error = (end - truth).square().mean().sqrt()
-    assert error < 0.1 * truth.std()
+    assert error < 0.05 * SD
     assert equal(x[:1500], x_T)
     assert (t[:1500] == 80).all()
-    assert t[1500:].tolist() == [9.0] * 512 + [0.5] * 512 + [9.0] * 476
+    assert equal(t[1500::512], sigmas[1:-1:26])
     scale = expand((t[1500:] ** 2 - 0.02**2).sqrt())
     noise = (x[1500:] - end[:1500]) / scale
     assert noise.std() == approx(0.25, rel=0.05)
-    both = torch.stack([noise.flatten(), x_T.flatten()])
-    assert abs(torch.corrcoef(both)[0, 1]) < 0.05
-
-    # levels of the whole grid, also where it is fine
-    sigmas = karras_sigmas(80)
-    _, t, _ = solve(exact_network, state, x_T, sigmas, 0.25)
-    assert equal(t[1500::512], sigmas[1:-1:26])
-
-    # each in its own state, whatever the batch
-    net = lambda x, t, state, k: exact_network(x, t, state) + expand(state[:, 0])
-    _, _, end = solve(net, state, x_T, sigmas, 0.0)
-    _, _, one = solve(net, state[[700]], x_T[[700]], sigmas, 0.0)
-    assert allclose(end[700], one[0])
 
 
 def test_the_trajectory_loss_is_the_distance_of_the_jump_to_0_from_the_end():
     torch.manual_seed(0)
     t = tensor([80.0, 40.0] * 25, dtype=torch.float64)
     x_t = 20 * randn(50, 4, 1).double()
-    end = exact_jump(x_t, t, torch.full_like(t, 0.02))
-    perfect = ractd.trajectory_loss(exact_network, None, x_t, t, end)
-    assert perfect == approx(0, abs=1e-9)
-    shift = tensor(0.3, requires_grad=True)
-    net = lambda *args: exact_network(*args) + 2 * shift  # c_out is nearly 1/2 there
-    loss = ractd.trajectory_loss(net, None, x_t, t, end)
-    assert loss.item() == approx(0.3 * math.sqrt(4), rel=0.02)
-    loss.backward()
-    assert shift.grad == approx(math.sqrt(4), rel=0.02)
+    state = torch.zeros(50, 1)
+    end = exact_jump(x_t, t, 0.02)
+    for shift in (0.0, 0.3):
+        net = lambda *args, shift=shift: exact_network(*args) + 2 * shift  # c_out is nearly 1/2
+        loss = ractd.trajectory_loss(net, state, x_t, t, end)
+        assert loss.item() == approx(math.sqrt(4) * shift, rel=0.02, abs=1e-9)
 
 
 def test_trajectories_start_where_the_policy_does_and_belong_to_the_ctm_loss(monkeypatch):
     torch.manual_seed(0)
-    batches = ractd.Batches(episodes(8), horizon=8)
-    levels = torch.arange(120) + 0.5
-    columns = [randn(120, 8, 2), levels, randn(120, 8, 2)]
-    solve = Mock(return_value=columns)
+    batches = ractd.Batches(episodes(16))
+    numbers = torch.arange(120) + 0.5
+    column = randn(120, 16, 2)
+    solve = Mock(return_value=[column, numbers, -column])
     monkeypatch.setattr(ractd, "teacher_trajectories", solve)
-    calls = record(monkeypatch, "trajectory_loss")
-    how = {"horizon": 8, "reward_teacher": False, "temperature": 0.5, "student_steps": 5}
-    config = Config(**how, trajectories=12, ctm_weight=2.0, dsm_weight=0.0)
+    path_loss = spy(monkeypatch, "trajectory_loss")
+    config = Config(trajectories=12, student_steps=5, reward_teacher=False, ctm_weight=2.0)
     teacher = ractd.make_network("teacher", config, batches.dims)
     student, loss_fn = ractd.student_stage(config, batches, teacher)
     loss, info = loss_fn(student, student)
-    total = 2 * (info["ctm"] + info["path"])
-    assert loss.item() == approx(total.item(), rel=1e-5)
-
-    solver, states, x_T, sigmas, scale = solve.call_args.args
-    assert solver is teacher
-    assert len(states) == len(x_T) == 60
-    assert x_T.std() == approx(40, rel=0.1)
+    assert allclose(loss, 2 * (info["ctm"] + info["path"]) + info["dsm"])
+    _, states, x_T, sigmas, scale = solve.call_args.args
+    assert len(states) == 60
+    assert x_T.std() == approx(0.25 * 80, rel=0.1)
     assert equal(sigmas, karras_sigmas(20))
-    assert scale == 0.5
-
-    ((net, state, *drawn),) = calls
-    assert net is student
-    rows = drawn[1].long()
+    assert scale == 0.25
+    _, state, x_t, t, end = path_loss.call_args.args
+    rows = t.long()
     assert rows[:8].max() < 60 <= rows[8:].min()
-    assert len(rows.unique()) > 6
     assert equal(state, states[rows % 60])
-    for column, x in zip(columns, drawn, strict=True):
-        assert equal(column[rows], x)
+    assert equal(x_t, column[rows])
+    assert equal(end, -x_t)
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """Figure 3 in miniature: 30 % of the plans lie near +0.6, return 1; 70 % near -0.6, return -1.
 
-    Equal modes could not tell a mean from a median or a collapse. -> R, a teacher and a reward
-    teacher, and a function that trains a student and samples by one and by two calls.
+    Equal modes could not tell a mean from a median or a collapse. -> a function that trains a
+    student: plans of its teacher, plain or a reward teacher, by one call and by two.
     """
     path = tmp_path_factory.mktemp("toy") / "toy.pt"
     rng = np.random.default_rng(0)
@@ -733,79 +643,70 @@ def toy(tmp_path_factory):
     ones = np.ones(2048)
     columns = [ones[:, None], actions[:, None], mode, ones, 0 * ones]
     batches = ractd.Batches(ractd.Dataset("toy", "file", columns), horizon=4)
+    ractd.NETWORKS["toy"] = {"channels": (32,), "kernel": 1, "patch": 4, "blocks": 1}
 
-    def train(stage, *models, steps=400, lr=1e-3, target_decay=None, **config):
+    def train(stage, *models, steps, lr=1e-3, target_decay=None, **config):
         torch.manual_seed(0)
         path.unlink(missing_ok=True)
-        config = Config(**{"temperature": 1.0, "student_batch": 128, **config})
-        with pytest.MonkeyPatch.context() as patch:
-            size = {"channels": (32,), "kernel": 1, "patch": 4, "blocks": 1}
-            patch.setitem(ractd.NETWORKS, "small", size)
-            patch.setattr(ractd, "TRAJECTORIES", 2048)
-            net, loss_fn = ractd.STAGES[stage](config, batches, *models)
+        config = Config(network="toy", temperature=1.0, student_batch=128, **config)
+        net, loss_fn = ractd.STAGES[stage](config, batches, *models)
         ractd.fit(stage, net, loss_fn, path, {}, steps, lr, target_decay=target_decay)
         net.load_state_dict(torch.load(path)["ema"])
         return frozen(net)
 
-    def student(*models, **config):
-        net = train("student", *models, steps=200, lr=2e-3, target_decay=0.9, **config)
-        jump = lambda x, t, k: student_jump(net, x, t, k, torch.zeros(len(x), 1))
-        x_T = 80 * randn(1000, 4, 1)
-        return [ractd.student_sample(jump, x_T, karras_sigmas(20), calls) for calls in (1, 2)]
-
     R = train("reward", steps=200)
-    plain = train("teacher", reward_teacher=False)
-    return SimpleNamespace(R=R, plain=plain, good=train("teacher", R), student=student)
+    teachers = {x: train("teacher", R, steps=400, reward_teacher=x) for x in (False, True)}
+    how = {"steps": 200, "lr": 2e-3, "target_decay": 0.9, "student_steps": 11}
+    sigmas = karras_sigmas(20)
+    state = torch.zeros(1000, 1)
+
+    def plans(weighted, **config):
+        teacher = teachers[weighted]
+        student = train("student", teacher, R, reward_teacher=weighted, **how, **config)
+        denoiser = lambda x, t: denoise(teacher, x, t, state)
+        jump = lambda x, t, k: student_jump(student, x, t, k, state)
+        x_T = 80 * randn(1000, 4, 1)
+        yield ractd.heun_sample(denoiser, x_T, sigmas)
+        yield ractd.student_sample(jump, x_T, sigmas, 1)
+        yield ractd.student_sample(jump, x_T, sigmas, 2)
+
+    return plans
 
 
-def modes(x):
-    """Shares of plans in the good mode and between the two, mean and deviation."""
+def shares(x):
+    """Of plans in the good mode and between the two."""
     mean = x.mean((1, 2))
-    good = (mean > 0.4).float().mean()
-    between = (mean.abs() < 0.4).float().mean()
-    return good, between, x.mean(), x.std()
-
-
-def of_teacher(net):
-    denoiser = lambda x, t: denoise(net, x, t, torch.zeros(1000, 1))
-    return ractd.heun_sample(denoiser, 80 * randn(1000, 4, 1), karras_sigmas(20))
+    return (mean > 0.4).float().mean(), (mean.abs() < 0.4).float().mean()
 
 
 def test_a_teacher_and_ctd_keep_two_unequal_modes(toy):
-    ctd = toy.student(toy.plain, reward_teacher=False)
-    for x in (of_teacher(toy.plain), *ctd):
-        good, between, _, _ = modes(x)
+    for x in toy(weighted=False, reward_weight=0.0):
+        good, between = shares(x)
         assert 0.15 < good < 0.45
         assert between < 0.15
 
 
 def test_a_reward_teacher_and_ractd_move_to_the_good_mode(toy):
-    students = toy.student(toy.good, toy.R, reward_weight=1.0)
-    for x in (of_teacher(toy.good), *students):
-        good, between, mean, deviation = modes(x)
+    for x in toy(weighted=True, reward_weight=1.0):
+        good, between = shares(x)
         assert good > 0.95
         assert between < 0.05
-        assert 0.5 < mean < 0.85  # where the data are
-        assert deviation < 0.25
+        assert 0.5 < x.mean() < 0.85  # where the data are
 
 
-@pytest.mark.parametrize(
-    "reward_input, weight, trajectories",
-    [("plan", 8.0, 128), ("dsm", 32.0, 0)],
-)
-def test_eq_8_alone_chooses_the_good_mode_of_a_plain_teacher(
-    toy, reward_input, weight, trajectories
-):
-    """R sees all four actions of these plans, and its slope ends at the box.
+# on DSM's prediction trajectories would hold the one-call plan to the teacher's
+EQ_8 = {"plan": {"reward_weight": 8.0}, "dsm": {"reward_weight": 32.0, "trajectories": 0}}
 
-    Where it acts on DSM's prediction, trajectories would hold the one-call plan to the teacher's.
-    """
-    how = {"reward_input": reward_input, "reward_weight": weight, "trajectories": trajectories}
-    one_call, _ = toy.student(toy.plain, toy.R, reward_teacher=False, **how)
-    good, between, mean, _ = modes(one_call)
+
+@pytest.mark.parametrize("reward_input", EQ_8)
+def test_eq_8_alone_chooses_the_good_mode_of_a_plain_teacher(toy, reward_input):
+    """R sees all four actions of these plans, and its slope ends at the box."""
+    how = EQ_8[reward_input]
+    _, one_call, _ = toy(weighted=False, reward_input=reward_input, **how)
+    good, between = shares(one_call)
     assert good > 0.9
     assert between < 0.1
-    assert 0.5 < mean < 1
+    assert 0.5 < one_call.mean() < 1
 
 
 # ---- data: windows, simulators, Minari, D4RL's files ---------------------------------------------
@@ -814,13 +715,12 @@ def test_eq_8_alone_chooses_the_good_mode_of_a_plain_teacher(
 def episodes(horizon):
     """Random episodes, one of `horizon` rows, one of 1; observations and actions: row, episode."""
     rng = np.random.default_rng(horizon)
-    others = rng.integers(1, 3 * horizon, 8)
-    lengths = np.array([horizon, 1, horizon + 1, 130, *others])
-    n = lengths.sum()
-    at_end = np.isin(np.arange(n), lengths.cumsum() - 1)
-    fell = at_end & (rng.random(n) < 0.5)
+    lengths = [horizon, 1, horizon + 1, 130, *rng.integers(1, 3 * horizon, 8)]
     episode = np.repeat(np.arange(12), lengths)
+    n = len(episode)
     rows = np.stack([np.arange(n), episode], axis=1)
+    at_end = np.diff(episode, append=12) > 0
+    fell = at_end & (rng.random(n) < 0.5)
     rewards = rng.normal(size=n)
     return ractd.Dataset("d", "file", [rows, rows, rewards, fell, at_end & ~fell])
 
@@ -829,95 +729,56 @@ def episodes(horizon):
 def test_every_row_starts_a_window_with_the_last_action_repeated_to_the_episodes_end(horizon):
     torch.manual_seed(0)
     data = episodes(horizon)
-    n = len(data.rewards)
-    ends = np.repeat(data.ends, data.ends - data.begins + 1)
-    windows = np.arange(n)[:, None] + np.arange(horizon)
     batches = ractd.Batches(data, horizon)
-    assert batches.padded == (windows[:, -1] > ends).sum()
-    tables = batches.normalizer
-    obs = ractd.decode(batches.obs, tables["obs"])
-    assert np.allclose(obs, data.observations, atol=1e-3)
-    expected = batches.actions[np.minimum(windows, ends[:, None])]
-
-    def rows_of(state):
-        rows = (state[:, :1] == batches.obs[:, 0]).nonzero()[:, 1]
-        assert len(rows.unique()) == n
-        return rows
-
+    ends = np.repeat(data.ends, data.ends - data.begins + 1)[:, None]
+    windows = np.arange(len(ends))[:, None] + np.arange(horizon)
+    assert batches.padded == (windows[:, -1:] > ends).sum()
+    expected = batches.actions[np.minimum(windows, ends)]
+    rows_of = lambda state: ractd.decode(state, batches.normalizer["obs"])[:, 0].round().long()
     state, plan = batches.windows(5000)
-    assert equal(plan, expected[rows_of(state)])
+    rows = rows_of(state)
+    assert len(rows.unique()) == len(ends)
+    assert equal(plan, expected[rows])
     state, plan, go = batches.transitions(5000, min(horizon, 3))
     rows = rows_of(state)
     assert equal(plan, expected[rows, :3])
-    truth = ractd.returns_to_go(data.rewards, data.begins, data.ends, data.terminated)
-    go = ractd.decode(go[:, None], tables["return"])[:, 0]
-    assert np.allclose(go, truth[rows], atol=1e-3)
+    assert equal(go, batches.returns_to_go[rows])
 
 
 def test_returns_to_go_equal_brute_force():
     data = episodes(16)
-    spans = (data.begins, data.ends, data.terminated)
-    go = ractd.returns_to_go(data.rewards, *spans, gamma=0.9)
+    batches = ractd.Batches(data, gamma=0.9)
+    go = ractd.decode(batches.returns_to_go[:, None], batches.normalizer["return"])
     assert set(data.terminated) == {True, False}
-    for begin, end, fell in zip(*spans, strict=True):
-        rewards = data.rewards[begin : end + 1].astype(float)
-        tail = 0.0 if fell else rewards[-100:].mean() / (1 - 0.9)
+    for begin, end, fell in zip(data.begins, data.ends, data.terminated, strict=True):
+        rewards = list(data.rewards[begin : end + 1])
+        tail = 0.0 if fell else np.mean(rewards[-100:]) / (1 - 0.9)
         for i in range(len(rewards)):
-            expected = sum(0.9**j * x for j, x in enumerate([*rewards[i:], tail]))
-            assert go[begin + i] == approx(expected)
+            expected = np.polyval([tail, *rewards[i:][::-1]], 0.9)
+            assert go[begin + i] == approx(expected, abs=1e-4)
 
 
 def test_the_normaliser_maps_to_the_box_and_back_and_never_far_out_of_it():
     """A column constant at its own magnitude, a sensor at rest, is neither heard nor driven."""
     above = np.nextafter(np.float32(0.3), np.float32(1))
-    rows = [[1, 0.002, 0.3, -3e-9], [3, 0.002, above, 0], [2, 0.002, 0.3, 7e-9]]
-    x = tensor(rows)
+    x = tensor([[1, 0.3, -3e-9], [2, above, 2e-9], [3, 0.3, 7e-9]])
     table = ractd.fit_range(x)
     y = ractd.encode(x, table)
-    assert y.amin(0).tolist() == approx([-1, 0, 0, -1])
-    assert y.amax(0).tolist() == approx([1, 0, 0, 1])
-    assert allclose(ractd.decode(y, table), x, rtol=1e-5, atol=0)
-    far = ractd.encode(x + 1000, table)
-    assert far.amax(0).tolist() == [3, 0, 0, 3]
-    driven = ractd.decode(torch.ones(4), table)
-    assert equal(driven[1:3], x[0, 1:3])
+    assert allclose(y, tensor([[-1.0, 0, -1], [0, 0, 0], [1, 0, 1]]), atol=1e-6)
+    assert allclose(ractd.decode(y, table), x, rtol=1e-5, atol=1e-15)
+    assert ractd.encode(x[0] + 1000, table).tolist() == [3, 0, 3]
+    assert ractd.decode(torch.ones(3), table)[1] == x[0, 1]
 
 
-class Room(gymnasium.Env):
-    """Episodes without an end whose rewards are the sums of the actions."""
-
-    def __init__(self, actions, observations):
-        self.action_space = actions
-        self.observation_space = observations
-
-    def reset(self, *, seed=None, options=None):
-        self.observation_space.seed(seed)
-        return self.observation_space.sample(), {}
-
-    def step(self, action):
-        return self.observation_space.sample(), float(np.sum(action)), False, False, {}
-
-
-BOX = Box(-0.5, 0.5, (2,))
 FILE = {"source": "file", "longest": 5}
 
 
-def room(name, actions=BOX, observations=BOX, steps=5, data=FILE):
-    """The simulator of a Room of so many steps."""
-    spaces = {"actions": actions, "observations": observations}
-    gymnasium.register(name, Room, max_episode_steps=steps, kwargs=spaces)
-    return ractd.simulator(name, data)
-
-
 def test_actions_outside_the_box_are_clipped_and_counted(capsys):
-    run = SimpleNamespace(env=ENV, config=Config(horizon=8), device="cpu")
     rows = logged()
-    run.data = write("inside.hdf5", rows)
-    ractd.load_data(run)
-    assert "clipped" not in capsys.readouterr().out
     rows["actions"][:20, 1] = 1.5
     rows["actions"][-6] = -1e6
-    run.data = write("outside.hdf5", rows)
+    data = write("outside.hdf5", rows)
+    run = SimpleNamespace(env=ENV, data=data, config=Config(horizon=8), device="cpu")
     batches, meta = ractd.load_data(run)
     assert "15.79% of the actions leave" in capsys.readouterr().out  # 21 of 133
     assert meta["box"].tolist() == [[-1] * 3, [1] * 3]
@@ -925,229 +786,132 @@ def test_actions_outside_the_box_are_clipped_and_counted(capsys):
     assert np.allclose(learnt, rows["actions"].clip(-1, 1), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["actions", "observations"])
-def test_spaces_that_are_no_vectors_are_refused(name):
+def test_a_simulator_wants_vectors_and_a_goal_becomes_one_without_what_is_achieved():
+    maze = ractd.simulator("gymnasium_robotics:PointMaze_UMaze-v3", FILE)()
+    observation, _ = maze.reset(seed=0)
+    parts, _ = maze.unwrapped.reset(seed=0)
+    assert observation.tolist() == [*parts["desired_goal"], *parts["observation"]]
+    nested = {"b": np.eye(2), "a": {"x": 5}}
+    assert ractd.flat(nested, rows=1).tolist() == [[5, 1, 0, 0, 1]]
     with pytest.raises(UserError, match="not both vectors"):
-        room("Discrete-v0", **{name: Discrete(2)})
+        ractd.simulator("CartPole-v1", FILE)
+    with pytest.raises(TypeError, match="tuple"):
+        ractd.flat((np.zeros((5, 2)), np.zeros((5, 2))), rows=5)
 
 
-@pytest.mark.parametrize("longest, limit", [(7, 1000), (1500, 1500)])
-def test_without_a_time_limit_one_is_said_and_what_acts_stays_in_the_box(longest, limit, capsys):
-    make_env = room("Endless-v0", steps=None, data=FILE | {"longest": longest})
-    sentence = f"Endless-v0 has no time limit: an episode ends after {limit:,}"
+def test_only_d4rls_names_mean_its_tasks():
+    assert ractd.simulator(ENV, FILE)().spec.id == "Hopper-v4"
+    assert ractd.normalized_score(ENV, 3234.3) == 100
+    assert math.isnan(ractd.normalized_score("hopper-v3", 3234.3))
+    with pytest.raises(UserError, match="hopper-v3 cannot be made"):
+        ractd.simulator("hopper-v3", FILE)
+
+
+def test_without_a_time_limit_one_is_said_and_what_acts_stays_in_the_box(capsys):
+    """The reward is -0.1 times the squared action, in a box of 1; -9 never gets up the hill."""
+    entry_point = "gymnasium.envs.classic_control:Continuous_MountainCarEnv"
+    gymnasium.register("Endless-v0", entry_point)
+    make_env = ractd.simulator("Endless-v0", FILE)
+    sentence = "Endless-v0 has no time limit: an episode ends after 1,000"
     assert sentence in capsys.readouterr().out
-    act = lambda observations, _: np.full((len(observations), 8, 2), [-9.0, 0.25])
+    act = lambda observations, _: np.full((len(observations), 8, 1), -9.0)
     result = ractd.evaluate(act, make_env, 2)
-    assert result["lengths"] == [limit] * 2
-    assert result["returns"] == [(-0.5 + 0.25) * limit] * 2
-
-
-def test_a_goal_a_scalar_and_a_matrix_become_one_vector():
-    """In the order of the keys, without what is achieved."""
-    parts = {"b": Box(-1, 1, (2, 2)), "achieved_goal": BOX, "a": Dict({"x": Box(-1, 1, ())})}
-    space = Dict(parts)
-    observation, _ = room("Goal-v0", observations=space)().reset(seed=0)
-    space.seed(0)
-    row = space.sample()
-    assert observation.tolist() == [row["a"]["x"], *row["b"].flatten()]
-
-
-TASKS = {  # D4RL's returns of a random policy and an expert; sigma for each of ractd.KINDS
-    "hopper": ("Hopper-v4", [-20.272305, 3234.3], (1.0, 1.0, 0.5)),
-    "walker2d": ("Walker2d-v4", [1.629008, 4592.3], (0.4, 0.5, 0.2)),
-    "halfcheetah": ("HalfCheetah-v4", [-280.178953, 12135.0], (0.5, 1.0, 0.0)),
-}
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_only_d4rls_names_mean_its_tasks_and_have_its_reference_points(task):
-    gym_id, returns, _ = TASKS[task]
-    assert ractd.simulator(f"{task}-medium", FILE)().spec.id == gym_id
-    scores = ractd.normalized_score(f"{task}-medium", np.array(returns))
-    assert scores.tolist() == approx([0, 100])
-    assert isinstance(room(f"{task}-v3")().unwrapped, Room)
-    assert math.isnan(ractd.normalized_score(f"{task}-v3", 1.0))
-
-
-def make_minari(rows, env="Hopper-v4", **how):
-    """A Minari set of rows in D4RL's layout."""
-    ends = np.flatnonzero(rows["terminals"] | rows["timeouts"])
-    buffers = []
-    for begin, end in pairwise([0, *(ends + 1), 133]):
-        observations, *columns = (x[begin:end] for x in rows.values())
-        observations = np.pad(observations, [(0, 1), (0, 0)])
-        buffers.append(EpisodeBuffer(None, None, None, observations, *columns))
-    with warnings.catch_warnings(action="ignore"):
-        return minari.create_dataset_from_buffers("test/rows-v0", buffers, env=env, **how)
+    assert result["lengths"] == [1000, 1000]
+    assert result["returns"] == approx([-100, -100])
 
 
 def test_a_minari_dataset_is_the_same_data_and_acts_in_its_environment(capsys):
+    """Of that name: the entry point that it names, which may be anything, is not called."""
     rows = logged()
-    short = gymnasium.make("Hopper-v4", max_episode_steps=7)
-    make_minari(rows, eval_env=short, ref_min_score=0.0, ref_max_score=4.0)
-    for source in (write("a.hdf5", rows), "minari:test/rows-v0"):
-        data = ractd.load_dataset(ENV, source)
-        assert data.ends.tolist() == [39, 47, 52, 112, 132]
-        # unfinished: a time limit
-        assert data.terminated.tolist() == [True, False, True, False, False]
-        for key in ("observations", "actions", "rewards"):
-            assert np.array_equal(getattr(data, key), rows[key])
-
-    assert ractd.main(["distill", "--data=minari:test/rows-v0", *FLAGS["distill"]]) == 0
-    distilled = metrics("runs/test-rows-v0")
-    assert distilled["lengths"] == [7] * 3
-    assert distilled["score_mean"] == approx(25 * distilled["return_mean"])
-    assert cli("evaluate", *ACT, env="test/rows-v0") == 0
-    assert metrics("runs/test-rows-v0")["returns"] == distilled["returns"]
-    assert "test/rows-v0 on test/rows-v0 (minari, not D4RL's)" in capsys.readouterr().out
-
-
-def test_a_minari_set_that_names_no_environment_acts_in_that_of_the_command_line(capsys):
-    spaces = gymnasium.make("Hopper-v4")
-    how = {"observation_space": spaces.observation_space, "action_space": spaces.action_space}
-    make_minari(logged(), env=None, **how)
-    data = ractd.load_dataset(ENV, "minari:test/rows-v0").summary()
-    assert ractd.simulator("hopper-medium", data)().spec.id == "Hopper-v4"
-    code = ractd.main(["distill", "--data=minari:test/rows-v0", *FLAGS["distill"]])
-    refused(capsys, code, "test/rows-v0 cannot be made")
-
-
-def test_the_entry_point_that_a_minari_set_names_is_not_called(monkeypatch):
-    stored = make_minari(logged())
+    of_file = ractd.load_dataset(ENV, write("a.hdf5", rows))
+    assert of_file.ends.tolist() == [39, 47, 52, 112, 132]
+    assert of_file.terminated.tolist() == [True, False, True, False, False]
+    buffers = []
+    for begin, end in zip(of_file.begins, of_file.ends + 1, strict=True):
+        observations, *columns = (x[begin:end] for x in rows.values())
+        observations = np.pad(observations, [(0, 1), (0, 0)])
+        columns[-1] = np.zeros(end - begin, bool)  # each was cut off, or fell
+        buffers.append(EpisodeBuffer(None, None, None, observations, *columns))
+    with warnings.catch_warnings(action="ignore"):
+        short = RescaleAction(gymnasium.make("Hopper-v4", max_episode_steps=7), -1.0, 1.0)
+        how = {"env": "Hopper-v4", "eval_env": short, "ref_min_score": 0.0, "ref_max_score": 4.0}
+        stored = minari.create_dataset_from_buffers("test/rows-v0", buffers, **how)
     path = Path(stored.storage.data_path) / "metadata.json"
     text = path.read_text()
     path.write_text(text.replace("gymnasium.envs.mujoco.hopper_v4:HopperEnv", "os:system"))
-    system = Mock()
-    monkeypatch.setattr(os, "system", system)
-    data = ractd.load_dataset(ENV, "minari:test/rows-v0")
-    env = ractd.simulator(ENV, data.summary())()
-    assert env.spec.entry_point == "gymnasium.envs.mujoco.hopper_v4:HopperEnv"
-    assert not system.called
+    data = "minari:test/rows-v0"
+    assert ractd.load_dataset(ENV, data).summary()["sha256"] == of_file.summary()["sha256"]
+    assert ractd.main(["distill", f"--data={data}", *FLAGS["distill"]]) == 0
+    found = metrics("runs/test-rows-v0")
+    assert found["lengths"] == [7] * 3
+    assert found["score_mean"] == approx(25 * found["return_mean"])
+    assert "acts without the set's wrappers RescaleAction" in capsys.readouterr().out
+    assert cli("distill", f"--data={data}", *FLAGS["distill"], "--out=d4rls") == 0  # --env wins
+    assert max(metrics("d4rls")["lengths"]) > 7
+    assert metrics("d4rls")["score_mean"] != approx(25 * metrics("d4rls")["return_mean"])
 
 
 CACHE = Path("D4RL_DATASET_DIR/hopper_medium_replay-v2.hdf5")
 
 
-@pytest.fixture
-def server(monkeypatch):
-    """A web server on the loopback for a tiny "published" file; .mode says how it behaves."""
-    content = Path(write("published.hdf5", logged())).read_bytes()
-    state = SimpleNamespace(mode="good", content=content)
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            if state.mode == "silent":
-                time.sleep(2)
-            found = self.path == f"/gym_mujoco_v2/{CACHE.name}" and state.mode != "404"
-            self.send_response(200 if found else 404)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content if state.mode == "good" else content[:2000])
-
-    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=web.serve_forever, args=(0.05,), daemon=True).start()
-    monkeypatch.setattr(ractd, "D4RL_URL", f"http://127.0.0.1:{web.server_port}/")
-    original = urllib.request.urlopen
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: original(url, timeout=0.5))
-    yield state
-    web.shutdown()
-    web.server_close()
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_d4rls_file_is_downloaded_once_and_its_version_said(server, known, monkeypatch, capsys):
-    sha256 = hashlib.sha256(server.content).hexdigest()
-    beginnings = f"01234567 {sha256[:8]}" if known else "01234567"
-    monkeypatch.setattr(ractd, "D4RL_VERSIONS", {"other": "89abcdef", "current": beginnings})
-    expected = "D4RL, current version" if known else f"D4RL, version {sha256[:8]}"
+def test_d4rls_file_is_downloaded_once_and_its_version_said(monkeypatch, capsys):
+    published = Path("gym_mujoco_v2", CACHE.name)
+    published.parent.mkdir()
+    write(published, logged())
+    sha256 = hashlib.sha256(published.read_bytes()).hexdigest()
+    monkeypatch.setattr(ractd, "D4RL_URL", f"{Path.cwd().as_uri()}/")
     assert cli("data") == 0
-    assert CACHE.read_bytes() == server.content
-    server.mode = "404"  # a second download would fail
+    published.unlink()  # a second download would fail
     assert cli("data") == 0
     text = capsys.readouterr().out
-    assert text.count("downloading") == 1
-    assert text.count(f"data: {CACHE.name} ({expected})") == 2
-    assert text.count(f"does not know: SHA-256 {sha256}") == (0 if known else 2)
+    assert text.count(f"data: {CACHE.name} (D4RL, version {sha256[:8]}): 133") == 2
 
 
-FAILURES = {"cut off": "cut off after 2,000 of", "silent": "timed out", "404": "404"}
+CUT_OFF = urllib.request.addinfourl(io.BytesIO(b"half"), {"Content-Length": "8"}, "")
 
 
-@pytest.mark.parametrize("mode", FAILURES)
-def test_a_failed_download_is_an_error_and_no_reason_for_other_data(server, mode, capsys):
-    server.mode = mode
-    refused(capsys, cli("data"), "cannot be downloaded", FAILURES[mode], "--data FILE")
+@pytest.mark.parametrize("answer", [CUT_OFF, TimeoutError("timed out")])
+def test_a_failed_download_is_an_error_and_no_reason_for_other_data(answer, monkeypatch, capsys):
+    monkeypatch.setattr(urllib.request, "urlopen", Mock(side_effect=[answer]))
+    why = "cut off after 4 of 8 bytes" if answer is CUT_OFF else "timed out"
+    refused(capsys, cli("data"), "cannot be downloaded", why, "--data FILE")
     assert not list(CACHE.parent.iterdir())
 
 
-def test_without_a_network_one_task_has_data_and_the_others_name_ways_out(monkeypatch, capsys):
+def test_without_a_network_one_task_has_data_and_the_others_name_ways_out(capsys):
     assert cli("data") == 0
     text = capsys.readouterr().out
     for words in ("cannot be downloaded", "200,000 transitions", "bundled, not D4RL's"):
         assert words in text
     ways_out = ["put the file", "--data FILE", "python -m reproduce.collect --env"]
     refused(capsys, cli("data", env="walker2d-medium"), *ways_out)
-    monkeypatch.delenv("D4RL_DATASET_DIR")
-    monkeypatch.setenv("HOME", "~")  # which leaves it as it is, as for a user without one
-    refused(capsys, cli("data"), "no home folder", "D4RL_DATASET_DIR", "--data")
 
 
 def test_a_real_file_of_d4rl_is_read_whole_with_its_time_limits():
     """door-human-v0: 25 demonstrations, each cut at a time limit of 200 steps and then ended."""
     data = ractd.load_dataset("door-human")
     assert data.source == "D4RL, current version"
-    assert data.observations.shape == (6729, 39)
     lengths = data.ends - data.begins + 1
     assert lengths[~data.terminated].tolist() == [200] * 25
     assert data.terminated.sum() == 25
-    assert data.summary()["return_mean"] == approx(397.83, abs=0.01)
-    references = np.array([-56.512833, 2880.5693])
-    assert list(ractd.normalized_score("door-human", references)) == approx([0, 100])
 
 
-def test_a_million_transitions_load_in_seconds_and_in_little_memory():
-    code = """import numpy as np, resource, time, ractd
-n = 1_000_000
-ends = np.arange(n) % 999 == 998
-columns = [np.ones((n, 17), "f4"), np.ones((n, 6), "f4"), np.ones(n, "f4"), ends, ends]
-ractd.Batches(ractd.Dataset("million", "file", columns))
-print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)"""
-    done = python("-c", code, cwd=SCRIPT.parent)
-    seconds, gigabytes = map(float, done.stdout.split())
-    assert seconds < 30
-    assert gigabytes < 1.5
-
-
-def test_the_papers_presets_have_its_losses_and_its_sigma_and_a_flag_beats_them(monkeypatch):
-    losses = {"denoising": "paper", "reward_teacher": False, "trajectories": 0}
-    losses |= {"reward_actions": 1, "reward_networks": 1, "temperature": 1.0}
-    paper = losses | {"network": "paper", "grid_points": 80}
-    paper |= {"teacher_steps": 392_000, "teacher_batch": 1024, "teacher_lr": 1e-4}
-    paper |= {"reward_steps": 314_000, "reward_batch": 64, "reward_lr": 2e-4}
-    paper |= {"student_steps": 33_500, "student_batch": 4800, "student_lr": 1e-4}
+@pytest.mark.parametrize("preset", ["paper-losses", "paper"])
+def test_a_preset_is_what_the_paper_says_and_a_flag_beats_it(preset, monkeypatch):
     train = Mock()
     monkeypatch.setattr(ractd, "train", train)
-
-    def config(*flags, env=ENV):
-        assert cli("distill", *flags, env=env) == 0
-        return train.call_args.args[0].config
-
-    assert config() == Config()
-    assert config("--preset=paper") == Config(**paper, reward_weight=1.0)
-    for task, (_, _, sigmas) in TASKS.items():
-        for kind, sigma in zip(ractd.KINDS, sigmas, strict=True):
-            expected = Config(**losses, reward_weight=sigma)
-            assert config("--preset=paper-losses", env=f"{task}-{kind}") == expected
-    flags = ["--temperature=2", "--reward-teacher", "--reward-weight=3"]
-    changes = {"temperature": 2.0, "reward_teacher": True, "reward_weight": 3.0}
-    assert config("--preset=paper-losses", *flags) == Config(**losses | changes)
+    flags = [f"--preset={preset}", "--temperature=2"]
+    assert cli("distill", *flags, env="walker2d-medium") == 0
+    losses = {"denoising": "paper", "reward_teacher": False, "trajectories": 0}
+    losses |= {"reward_actions": 1, "reward_networks": 1, "reward_weight": 0.4}
+    expected = Config(**ractd.PRESETS[preset] | losses | {"temperature": 2.0})
+    assert train.call_args.args[0].config == expected
 
 
 REFUSED = """\
-    data --seed=1, reward --horizon=8, teacher --student-steps=5, distill --model=teacher,
-    evaluate --horizon=8, evaluate --preset=paper, distill --horizn=8, distill --network=large,
-    distill --horizon=10, distill --reward-actions=17, distill --gamma=nan, distill --nfe=x,
-    distill --nfe=81, distill --seed=99999999999999999999, distill --device=cuda:99,
+    data --seed=1, reward --horizon=8, evaluate --preset=paper, distill --horizn=8,
+    distill --network=large, distill --horizon=10, distill --reward-actions=17,
+    distill --gamma=nan, distill --nfe=x, distill --nfe=81, distill --device=cuda:99,
     distill --env=hoper-medium, data --env=, evaluate --out=rnu"""
 
 
@@ -1161,7 +925,7 @@ def test_a_bad_or_ignored_flag_is_refused_by_name(command_line, capsys):
 # ---- training and end to end ---------------------------------------------------------------------
 
 
-def test_fit_warms_up_then_follows_half_a_cosine_and_averages_as_released(tmp_path, monkeypatch):
+def test_fit_warms_up_then_follows_half_a_cosine_and_averages_as_released(monkeypatch):
     rates = []
     decays = []
 
@@ -1172,68 +936,67 @@ def test_fit_warms_up_then_follows_half_a_cosine_and_averages_as_released(tmp_pa
 
     monkeypatch.setattr(ractd, "train_step", step)
     net = nn.Linear(1, 1)
-    ractd.fit("teacher", net, None, tmp_path / "a.pt", {}, steps=80, lr=0.5)
-    assert rates[:4] == approx([0.125, 0.25, 0.375, 0.5])  # 5 % of the steps
-    cosine = [0.25 + 0.25 * math.cos(math.pi * n / 76) for n in range(76)]
-    assert rates[4:] == approx(cosine)
-    assert decays == approx([1 - (1 + n) ** -0.75 for n in range(80)])
-    ractd.fit("student", net, None, tmp_path / "b.pt", {}, steps=3, lr=0.5, target_decay=0.7)
+    ractd.fit("teacher", net, None, Path("a.pt"), {}, steps=80, lr=4.0)
+    assert rates[:5] == approx([1, 2, 3, 4, 4])  # 5 % of the steps
+    assert [rates[42], rates[61]] == approx([2, 2 - math.sqrt(2)])  # after 1/2 and 3/4 of them
+    assert decays == approx([1 - n**-0.75 for n in range(1, 81)])
+    ractd.fit("student", net, None, Path("b.pt"), {}, steps=3, lr=4.0, target_decay=0.7)
     assert decays[80:] == [0.7] * 3
 
 
-def test_a_loss_that_is_not_finite_is_said_and_not_saved(out, give, monkeypatch, capsys):
-    (out / "student.pt").unlink()
-    nan = Mock(return_value=tensor(math.nan))
-    record(monkeypatch, "train_step", 7, lambda: monkeypatch.setattr(ractd, "dsm_loss", nan))
-    monkeypatch.setattr(ractd, "SAVE_EVERY", 0)
-    code = give("distill", "--student-steps=100")  # a line every fifth step
-    refused(capsys, code, "dsm is nan", "learning rate")
-    assert torch.load(out / "student.pt")["step"] == 6
+def test_a_disk_that_is_slow_to_save_to_does_not_save_after_every_step(monkeypatch):
+    monkeypatch.setattr(ractd, "SAVE_EVERY", 0.1)
+    save = Mock(side_effect=lambda *_: time.sleep(0.2))
+    monkeypatch.setattr(torch, "save", save)
+    net = nn.Linear(1, 1)
+    loss_fn = lambda net, average: (time.sleep(0.01), (net.weight.sum(), {}))[1]
+    ractd.fit("teacher", net, loss_fn, Path("a.pt"), {}, steps=40, lr=1e-3)
+    assert 2 <= save.call_count <= 7
 
 
 def test_end_to_end_leaves_every_promised_file_and_number(trained):
     found = metrics(trained.out)
-    names = [path.name for path in trained.out.iterdir()]
-    assert len(names) == 4 and {f"{stage}.pt" for stage in STAGES} < set(names)
+    assert len(list(trained.out.iterdir())) == 4
     assert found["method"] == "RACTD"
     assert len(found["returns"]) == found["episodes"] == 3
-    scores = ractd.normalized_score(ENV, np.array(found["returns"]))
+    scores = (np.array(found["returns"]) + 20.272305) / (3234.3 + 20.272305) * 100  # D4RL's
     assert found["score_mean"] == approx(scores.mean())
     assert found["score_sem"] == approx(scores.std(ddof=1) / 3**0.5)
     log = torch.load(trained.out / "student.pt")["log"]
     assert [row["step"] for row in log] == [*range(1, STEPS + 1)]
-    assert log[-1].keys() >= {"loss", "ctm", "dsm", "R", "path", "grad"}  # Eq. 9 whole
+    assert log[-1].keys() >= {"loss", "ctm", "dsm", "R", "path"}  # Eq. 9 whole
     assert "RACTD, 1 call(s)" in trained.text
-    assert "not D4RL's" in trained.text
 
 
 def test_a_finished_run_is_tidied_but_not_trained_again(out, give, trained, monkeypatch):
     """And what a process left that died long ago goes."""
     leftover = out / "teacher.pt.1.part"
-    recent = out / "teacher.pt.2.part"
-    for path in (leftover, recent):
-        path.touch()
+    leftover.touch()
     os.utime(leftover, (0, time.time() - 4000))
+    (out / "probe").write_text("the user's own")
     monkeypatch.setattr(ractd, "fit", None)
     assert give("distill", data=shutil.copy(trained.data, "renamed.hdf5")) == 0
-    assert recent.exists() and not leftover.exists()
+    assert not leftover.exists()
+    assert (out / "probe").exists()
 
 
-def test_the_papers_losses_train_and_act_end_to_end(give):
-    assert give("distill", "--preset=paper-losses", out="new") == 0
-    assert metrics("new")["method"] == "RACTD, plain teacher"
-    log = torch.load("new/student.pt")["log"][-1].keys()
-    assert log >= {"ctm", "dsm", "R"} and "path" not in log  # Eqs. 5 to 9, and nothing else
-    assert give("evaluate", out="new") == 0  # acts as its preset meant it, into the same file
-    assert metrics("new")["temperature"] == 1
+OTHERS = {  # their flags, losses, and the teacher's distance
+    "RACTD, plain teacher": (["--preset=paper-losses"], {"ctm", "dsm", "R"}, "pseudo_huber"),
+    "CTD": (["--no-reward-teacher", "--reward-weight=0"], {"ctm", "dsm", "path"}, "squared"),
+}
 
 
-def test_without_any_reward(give, trained):
-    assert give("distill", "--no-reward-teacher", "--reward-weight=0", out="new") == 0
-    assert metrics("new")["method"] == "CTD"
-    assert not Path("new/reward.pt").exists()
-    assert "R" not in torch.load("new/student.pt")["log"][-1]
-    assert bits("new/teacher.pt") != bits(trained.out / "teacher.pt")
+@pytest.mark.parametrize("method", OTHERS)
+def test_the_other_methods_train_and_act_end_to_end(method, give, monkeypatch):
+    flags, losses, distance = OTHERS[method]
+    edm_loss = spy(monkeypatch, "edm_loss")
+    assert give("distill", *flags, out="new") == 0
+    assert give("evaluate", out="new") == 0  # as it was trained, so into the same file
+    assert metrics("new")["method"] == method
+    assert edm_loss.call_args.args[-1] is getattr(ractd, distance)
+    log = torch.load("new/student.pt")["log"]
+    assert log[-1].keys() & {"ctm", "dsm", "R", "path"} == losses
+    assert Path("new/reward.pt").exists() == ("R" in losses)
 
 
 def loaded(folder, stage="student"):
@@ -1245,12 +1008,14 @@ def generators():
 
 
 @pytest.mark.parametrize("stage, nfe", [("student", 1), ("student", 3), ("teacher", 1)])
-def test_a_policy_is_the_plain_calls_with_the_averaged_weights(trained, stage, nfe):
-    """A level and a generator for each row, the normaliser's units, the simulator's box."""
+def test_a_policy_is_the_plain_calls_also_pickled_and_with_other_weights(trained, stage, nfe):
+    """A generator for each row, the normaliser's units, the simulator's box."""
     checkpoint = loaded(trained.out, stage)
-    del checkpoint["net"]
+    del checkpoint["net"]  # what acts is the average
     checkpoint["box"] = tensor([[-0.5] * 3, [0.4] * 3])
     policy = ractd.Policy(checkpoint, nfe, teacher_points=5, temperature=0.5)
+    policy = pickle.loads(pickle.dumps(policy))
+    policy.net.load_state_dict({name: 1.1 * x for name, x in checkpoint["ema"].items()})
     tables = checkpoint["normalizer"]
     observations = np.random.default_rng(9).normal(size=(5, 11))  # float64
     state = ractd.encode(tensor(observations).float(), tables["obs"])
@@ -1258,36 +1023,21 @@ def test_a_policy_is_the_plain_calls_with_the_averaged_weights(trained, stage, n
 
     def noise(_=None):
         rows = [rng.standard_normal((8, 3), np.float32) for rng in rngs]
-        return 0.5 * torch.from_numpy(np.stack(rows))
+        return 0.5 * tensor(np.stack(rows))
 
-    many = lambda t: torch.full((5,), t)
     if stage == "student":
-        jump = lambda x, t, k: student_jump(policy.net, x, many(t), many(k), state)
+        jump = lambda x, t, k: student_jump(policy.net, x, t, k, state)
         x = ractd.student_sample(jump, 80 * noise(), karras_sigmas(6), nfe, noise)
     else:
-        denoiser = lambda x, t: denoise(policy.net, x, many(t), state)
+        denoiser = lambda x, t: denoise(policy.net, x, t, state)
         x = ractd.heun_sample(denoiser, 80 * noise(), karras_sigmas(5))
     expected = ractd.decode(x.clamp(-1, 1), tables["action"]).clamp(-0.5, 0.4)
     plans = policy.act(observations, generators())
-    assert plans.shape == (5, 8, 3)
     assert np.allclose(plans, expected, rtol=0, atol=1e-6)
     assert policy.calls == (nfe if stage == "student" else 7)
+    assert np.array_equal(plans, policy.act(observations.astype(">f8"), generators()))
     with pytest.raises(UserError, match="shape"):
         policy.act(observations[:, :10], generators())
-
-
-def test_a_policy_can_be_pickled_and_given_other_weights(trained):
-    checkpoint = loaded(trained.out)
-    policy = ractd.Policy(checkpoint)
-    observations = np.ones((5, 11))
-    plans = policy.act(observations, generators())
-    other = pickle.loads(pickle.dumps(policy))
-    assert np.array_equal(other.act(observations, generators()), plans)
-    weights = {name: 1.1 * x for name, x in checkpoint["ema"].items()}
-    other.net.load_state_dict(weights)
-    expected = ractd.Policy(checkpoint | {"ema": weights}).act(observations, generators())
-    assert np.array_equal(other.act(observations, generators()), expected)
-    assert np.abs(expected - plans).max() > 0.01
 
 
 def test_returns_are_those_of_episodes_played_one_by_one(trained):
@@ -1296,7 +1046,6 @@ def test_returns_are_those_of_episodes_played_one_by_one(trained):
     act = ractd.Policy(checkpoint).act
     make_env = ractd.simulator(ENV, checkpoint["dataset"])
     result = ractd.evaluate(act, make_env, 3, first_seed=4)
-    assert len(set(result["returns"])) == 3
     for seed, total, length in zip((4, 5, 6), *result.values(), strict=True):
         env = make_env()
         observation, _ = env.reset(seed=seed)
@@ -1317,149 +1066,65 @@ def test_two_different_evaluations_never_share_a_file_and_the_same_one_does(out,
     different += ["--episodes=4", "--model=student", "--model=teacher"]
     for how in different:
         assert give("evaluate", how) == give("evaluate", how) == 0
-    rewrite(out / "teacher.pt", ema=loaded(out, "teacher")["net"])  # another one in its place
-    assert give("evaluate", "--model=teacher") == 0
     methods = [json.loads(path.read_text())["method"] for path in out.glob("score_*.json")]
-    assert sorted(methods) == ["RACTD"] * 6 + ["reward teacher"] * 2
-
-
-@pytest.mark.parametrize(
-    "name, stage, reward_teacher, weight",
-    [
-        ("RACTD", "student", True, 1.0),
-        ("RACTD, plain teacher", "student", False, 1.0),
-        ("CTD", "student", False, 0.0),
-        ("CTD of a reward teacher", "student", True, 0.0),
-        ("reward teacher", "teacher", True, 1.0),
-        ("teacher", "teacher", False, 0.0),
-    ],
-)
-def test_what_acts_has_the_names_of_the_papers_table(name, stage, reward_teacher, weight):
-    config = {"reward_teacher": reward_teacher, "reward_weight": weight}
-    assert ractd.method_name({"stage": stage, "config": config}) == name
-
-
-def test_in_a_real_run_all_but_the_student_is_frozen_and_the_averages_are_used(
-    out, give, monkeypatch
-):
-    (out / "student.pt").unlink()
-    calls = record(monkeypatch, "distillation_loss")
-
-    def is_frozen(net):
-        return not net.training and not any(p.requires_grad for p in net.parameters())
-
-    def holds(net, stage):
-        average = torch.load(out / f"{stage}.pt")["ema"]
-        same = all(equal(x, average[name]) for name, x in net.state_dict().items())
-        return same and is_frozen(net)
-
-    assert give("distill", "--episodes=0") == 0
-    student, target, teacher, reward_model = calls[0][:4]
-    assert student.training and all(p.requires_grad for p in student.parameters())
-    assert is_frozen(target)
-    assert holds(teacher, "teacher")
-    assert holds(reward_model, "reward")
+    assert sorted(methods) == ["RACTD"] * 6 + ["reward teacher"]
 
 
 def test_the_same_seed_gives_the_same_weights_in_a_worker_thread_too(give, trained):
     with ThreadPoolExecutor() as pool:
         assert pool.submit(give, "reward", out="same").result() == 0
-    assert give("reward", "--seed=1", out="other") == 0
-    expected = bits(trained.out / "reward.pt")
-    assert bits("same/reward.pt") == expected != bits("other/reward.pt")
-
-
-def test_a_killed_run_is_half_trained_and_goes_on_to_the_same_bits(out, give, trained, capsys):
-    path = out / "student.pt"
-    path.unlink()
-    where = [f"--env={ENV}", f"--data={trained.data}", f"--out={out}"]
-    code = """import os, signal, sys, ractd
-step = ractd.train_step
-ractd.SAVE_EVERY = 0
-def killed(*args):
-    if os.path.exists(sys.argv[-1]) and ractd.torch.load(sys.argv[-1])["step"] == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(*args)
-ractd.train_step = killed
-ractd.main(sys.argv[1:-1])"""
-    done = python("-c", code, "distill", *where, *FLAGS["distill"], path, cwd=SCRIPT.parent)
-    assert done.returncode == -signal.SIGKILL
-    assert give("evaluate") == 0
-    assert f"half trained: 7 of {STEPS} steps" in capsys.readouterr().out
-    assert give("distill") == 0
-    assert bits(path) == bits(trained.out / "student.pt")
-    assert len(torch.load(path)["log"]) == STEPS
+    assert bits("same/reward.pt") == bits(trained.out / "reward.pt")
 
 
 @pytest.mark.parametrize("stage, number", [("teacher", signal.SIGINT), ("student", signal.SIGTERM)])
-def test_ctrl_c_and_sigterm_save(stage, number, trained, out, give, monkeypatch, capsys):
+def test_a_stopped_run_goes_on_to_the_same_bits(stage, number, trained, out, give, monkeypatch):
     path = out / f"{stage}.pt"
     path.unlink()
     handler = signal.getsignal(number)
     press_twice = lambda: [signal.raise_signal(number) for _ in range(2)]
-    record(monkeypatch, "mean_of", 7, press_twice)  # while a line is printed
+    at_step(monkeypatch, 7, press_twice)
     assert give("distill") == 128 + number
-    assert "goes on" in capsys.readouterr().out
     assert torch.load(path)["step"] == 7
     assert signal.getsignal(number) is handler
+    assert give("evaluate", f"--model={stage}") == 0  # half trained
     assert give("distill") == 0
     assert bits(path) == bits(trained.out / path.name)
+    assert len(torch.load(path)["log"]) == STEPS
+
+
+BREAKS = {
+    "dsm is nan": ("ractd.dsm_loss", Mock(return_value=tensor(math.nan))),
+    "is the disk full?": ("torch.save", Mock(side_effect=RuntimeError("unexpected pos 64"))),
+}
+
+
+@pytest.mark.parametrize("words", BREAKS)
+def test_a_step_that_fails_leaves_the_state_before(words, out, give, monkeypatch, capsys):
+    (out / "student.pt").unlink()
+    monkeypatch.setattr(ractd, "SAVE_EVERY", 0)
+    at_step(monkeypatch, 7, lambda: monkeypatch.setattr(*BREAKS[words]))
+    # a line every fifth step
+    code = give("distill", "--student-steps=100", "--trajectories=0")
+    refused(capsys, code, words)
+    assert loaded(out)["step"] == 6
+    assert not list(out.glob("*.part"))
 
 
 def test_two_runs_of_one_command_in_one_folder_both_finish_with_the_same_bits(trained):
     where = [f"--env={ENV}", f"--data={trained.data}", "--out=both"]
-    command = [sys.executable, SCRIPT, "distill", *where, *FLAGS["distill"]]
+    command = [sys.executable, SCRIPT, "reward", *where, *REWARD]
     pair = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait() for process in pair] == [0, 0]
-    for stage in STAGES:
-        assert bits(f"both/{stage}.pt") == bits(trained.out / f"{stage}.pt")
-    assert not list(Path("both").glob("*.part"))
-
-
-def test_a_full_disk_is_a_sentence_and_loses_nothing(out, give, trained, monkeypatch, capsys):
-    """No file grows beyond 3 MB, from the fifth step on."""
-    path = out / "teacher.pt"
-    path.unlink()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    full = (3_000_000, limits[1])
-    record(monkeypatch, "train_step", 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, full))
-    monkeypatch.setattr(ractd, "SAVE_EVERY", 0)
-    try:
-        code = give("teacher")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    refused(capsys, code, "teacher.pt", "is the disk full?")
-    assert torch.load(path)["step"] == 4
-    assert not list(out.glob("*.part"))
-    assert give("teacher") == 0
-    assert bits(path) == bits(trained.out / "teacher.pt")
-
-
-def test_a_score_is_printed_before_it_is_written(give, monkeypatch, capsys):
-    monkeypatch.setattr(ractd, "make_folder", lambda out: None)
-    monkeypatch.setattr(ractd.os, "replace", Mock(side_effect=OSError(28, "No space left")))
-    assert give("evaluate") == 2
-    assert "RACTD, 1 call(s)" in capsys.readouterr().out
+    assert bits("both/reward.pt") == bits(trained.out / "reward.pt")
 
 
 def test_a_log_without_its_simulator_can_be_learnt_from_but_not_evaluated(give, capsys):
-    give = functools.partial(give, env="no/such-v0", out="new")
-    refused(capsys, give("distill"), "no/such-v0")
+    how = {"env": "no/such-v0", "out": "new"}
+    refused(capsys, give("distill", **how), "no/such-v0")
     assert not list(Path("new").iterdir())
-    assert give("distill", "--episodes=0") == 0
+    assert give("distill", "--episodes=0", **how) == 0
     assert "no simulator" in capsys.readouterr().out
-    assert not list(Path("new").glob("score*"))
-    refused(capsys, give("evaluate"), "no/such-v0")
-
-
-def test_names_that_the_terminal_cannot_print_are_escaped(trained, tmp_path, monkeypatch):
-    data = os.fsencode(tmp_path) + b"/\xff\xc3\xa9.hdf5"
-    shutil.copy(trained.data, data)
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    done = python(SCRIPT, "reward", b"--data=" + data, b"--out=run\xff", *REWARD)
-    assert done.returncode == 0, done.stderr
-    assert r"\udcff\xe9.hdf5" in done.stdout
-    assert os.path.exists(b"run\xff/reward.pt")
+    refused(capsys, give("evaluate", **how), "no/such-v0")
 
 
 # ---- every bad input is one sentence and exit code 2 ---------------------------------------------
@@ -1469,10 +1134,10 @@ LACKING = dict.fromkeys(ractd.Dataset.KEYS[1:], ZEROS)
 BAD_FILES = {  # by what is said of them
     "lacks the arrays observations": LACKING | {"observations/agent": ZEROS},
     "it has actions, observations": LACKING | {"observations": h5py.ExternalLink("no", "/")},
-    "episode_0, episode_1": {f"episode_{i}/actions": ZEROS for i in range(3000)},
     "observations has shape (133,)": logged() | {"observations": ZEROS},
     "timeouts has shape (9,)": logged() | {"timeouts": ZEROS[:9]},
-    "rewards is NaN or infinite in row 7": logged() | {"rewards": [0] * 7 + [math.nan] * 126},
+    "rewards is NaN, infinite": logged() | {"rewards": [0] * 7 + [math.nan] * 126},
+    "beyond 1e30 in row 7": logged() | {"rewards": [0] * 7 + [1e39] * 126},  # float32 has 3e38
     "no episode ends": logged() | {"timeouts": ZEROS, "terminals": ZEROS},
 }
 
@@ -1480,37 +1145,26 @@ BAD_FILES = {  # by what is said of them
 @pytest.mark.parametrize("words", BAD_FILES)
 def test_a_file_of_another_layout_or_with_bad_rows_is_refused(words, capsys):
     data = write("bad.hdf5", BAD_FILES[words])
-    err = refused(capsys, cli("data", f"--data={data}"), "bad.hdf5", words)
-    assert len(err) < 400
+    refused(capsys, cli("data", f"--data={data}"), "bad.hdf5", words)
 
 
-def test_a_file_that_cannot_be_read_is_refused(capsys):
+def test_what_cannot_be_read_or_written_is_refused(give, trained, monkeypatch, capsys):
     Path("junk.hdf5").write_bytes(b"junk")
-    with h5py.File("petabytes.hdf5", "w") as f:
-        for key in ractd.Dataset.KEYS:
-            f.create_dataset(key, (10**15, 11), "f4", chunks=True)
-    for name in ("junk.hdf5", "petabytes.hdf5"):
-        refused(capsys, cli("data", f"--data={name}"), name, "cannot be read as HDF5")
-
-
-def test_a_folder_that_cannot_be_written_is_refused_at_once(give, monkeypatch, capsys):
-    monkeypatch.setattr(ractd, "load_dataset", None)
-    denied = Mock(side_effect=PermissionError(13, "Permission denied"))
-    monkeypatch.setattr(ractd, "open", denied, raising=False)
-    refused(capsys, give("distill"), "Permission denied")
+    refused(capsys, give("distill", data="junk.hdf5"), "junk.hdf5 cannot be read as HDF5")
+    monkeypatch.setattr(ractd, "load_dataset", None)  # the folder is looked at first
+    refused(capsys, give("distill", out=trained.data), trained.data)
 
 
 def test_what_does_not_fit_a_checkpoint_is_refused_and_listed(out, give, capsys):
     sentence = "temperature: 0.25 in the file, 1.0 asked"
-    refused(capsys, give("distill", "--temperature=1"), sentence, "student.pt", "delete", "--out")
-    sentence = f"env: {ENV} in the file, hopper-medium asked"
-    for command in ("distill", "evaluate"):
-        refused(capsys, give(command, env="hopper-medium"), sentence)
+    refused(capsys, give("distill", "--temperature=1"), sentence, "student.pt", "--out")
     rows = logged()
     rows["actions"][5] *= -1  # as many rows, the same returns and name
     refused(capsys, give("distill", data=write("log.hdf5", rows)), "data: ", "in the file")
+    sentence = f"env: {ENV} in the file, hopper-medium asked"
+    refused(capsys, give("evaluate", env="hopper-medium"), sentence)
     saved = loaded(out, "teacher")
-    rewrite(out / "teacher.pt", ema={name: x + 1 for name, x in saved["ema"].items()})
+    torch.save(saved | {"ema": saved["net"]}, out / "teacher.pt")
     sentence = f"teacher: {ractd.weights_id(saved)} in the file"
     refused(capsys, give("distill"), sentence, "student.pt")
 
@@ -1525,9 +1179,9 @@ def test_a_missing_damaged_wrong_or_malicious_checkpoint_is_refused(out, give, c
     good = torch.load(path)
     flipped = bytearray(path.read_bytes())
     flipped[len(flipped) // 2] ^= 1
-    bad = [b"junk", flipped[:9999], flipped, (out / "teacher.pt").read_bytes()]
-    for change in (None, {"ema": Malicious()}, {"format": 99}):
-        torch.save(change and good | change, path)
+    bad = [b"junk", flipped, (out / "teacher.pt").read_bytes()]
+    for change in ({"ema": Malicious()}, {"format": 99}):
+        torch.save(good | change, path)
         bad.append(path.read_bytes())
     for content in bad:
         path.write_bytes(content)
@@ -1542,13 +1196,9 @@ def test_a_missing_damaged_wrong_or_malicious_checkpoint_is_refused(out, give, c
 
 
 def test_a_good_checkpoint_that_cannot_be_read_is_never_to_be_deleted(give, monkeypatch, capsys):
-    errors = {"torch.load": MemoryError, "pathlib.Path.read_bytes": PermissionError}
-    for name, error in errors.items():
-        monkeypatch.setattr(name, Mock(side_effect=error("no way")))
-        assert give("evaluate") == 2
-        err = capsys.readouterr().err
-        assert "no way" in err
-        assert "delete" not in err
+    monkeypatch.setattr(torch, "load", Mock(side_effect=MemoryError("no way")))
+    err = refused(capsys, give("evaluate"), "no way")
+    assert "delete" not in err
 
 
 def test_the_examples_in_the_readme_run(out):
