@@ -205,6 +205,7 @@ def test_exit_codes_and_sentences(run, capsys, monkeypatch):
     for numbers in (["-1"], ["3", "3"]):
         refused(capsys, seeds.main([*flags, "--seeds", *numbers]), "--seeds must be different")
     refused(capsys, seeds.main([*flags, "--reward-weight=0"]), "--reward-weight")
+    refused(capsys, seeds.main([*flags, "--seed=5"]), "--seeds")
     (out / "student.pt").unlink()
     refused(capsys, figures.main([*flags, "--what=training"]), "no trained student")
 
@@ -485,6 +486,9 @@ def test_the_table_has_means_over_training_seeds_and_the_runs_names(tmp_path, ca
         "| iql of d3rlpy | 1 | 7.0 ± 0.5 |",
         "| paper-losses | 1 | 5.0 ± 0.5 |",
     ]
+    common.write_json(tmp_path / "a-task/seed0/score_old.json", {"method": "RACTD", "calls": 2})
+    with pytest.raises(SystemExit, match="a second score of RACTD, 2 call"):
+        tables.read_scores(tmp_path)
 
 
 def test_the_door_is_learnt_and_opened_offline_from_d4rls_own_file(capsys):
