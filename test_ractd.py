@@ -870,7 +870,10 @@ def test_d4rls_file_is_downloaded_once_and_its_version_said(monkeypatch, capsys)
 CUT_OFF = urllib.request.addinfourl(io.BytesIO(b"half"), {"Content-Length": "8"}, "")
 
 
-@pytest.mark.parametrize("answer", [CUT_OFF, TimeoutError("timed out")])
+NOT_FOUND = urllib.error.HTTPError("", 404, "Not Found", None, None)
+
+
+@pytest.mark.parametrize("answer", [CUT_OFF, NOT_FOUND, TimeoutError("timed out")])
 def test_a_failed_download_is_an_error_and_no_reason_for_other_data(answer, monkeypatch, capsys):
     monkeypatch.setattr(urllib.request, "urlopen", Mock(side_effect=[answer]))
     why = "cut off after 4 of 8 bytes" if answer is CUT_OFF else "timed out"
