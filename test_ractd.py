@@ -867,17 +867,19 @@ def test_d4rls_file_is_downloaded_once_and_its_version_said(monkeypatch, capsys)
     assert text.count(f"data: {CACHE.name} (D4RL, version {sha256[:8]}): 133") == 2
 
 
-CUT_OFF = urllib.request.addinfourl(io.BytesIO(b"half"), {"Content-Length": "8"}, "")
+FAILURES = {  # what is said of them
+    "cut off after 4 of 8 bytes": urllib.request.addinfourl(
+        io.BytesIO(b"half"), {"Content-Length": "8"}, ""
+    ),
+    "404: Not Found": urllib.error.HTTPError("", 404, "Not Found", None, None),
+    "timed out": TimeoutError("timed out"),
+}
 
 
-NOT_FOUND = urllib.error.HTTPError("", 404, "Not Found", None, None)
-
-
-@pytest.mark.parametrize("answer", [CUT_OFF, NOT_FOUND, TimeoutError("timed out")])
-def test_a_failed_download_is_an_error_and_no_reason_for_other_data(answer, monkeypatch, capsys):
-    monkeypatch.setattr(urllib.request, "urlopen", Mock(side_effect=[answer]))
-    why = "cut off after 4 of 8 bytes" if answer is CUT_OFF else "timed out"
-    refused(capsys, cli("data"), "cannot be downloaded", why, "--data FILE")
+@pytest.mark.parametrize("words", FAILURES)
+def test_a_failed_download_is_an_error_and_no_reason_for_other_data(words, monkeypatch, capsys):
+    monkeypatch.setattr(urllib.request, "urlopen", Mock(side_effect=[FAILURES[words]]))
+    refused(capsys, cli("data"), "cannot be downloaded", words, "--data FILE")
     assert not list(CACHE.parent.iterdir())
 
 
