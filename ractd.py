@@ -44,7 +44,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import nn, optim
 
 # ---- 1. Configuration ----------------------------------------------------------------------------
 
@@ -79,7 +79,7 @@ class UserError(Exception):
 
 def option(default, help, low=None, high=math.inf, choices=None):
     """A field of Config, which is a command-line flag with this help and range, too."""
-    metadata = {"help": help, "low": low, "high": high, "choices": choices}
+    metadata = {"help": help, "range": (low, high), "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -143,12 +143,7 @@ PRESETS = {"default": {}, "paper-losses": PAPER_LOSSES, "paper": PAPER}
 # ---- 2. Data: logged episodes -> windows of H actions, and returns-to-go -------------------------
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
-# how the SHA-256 of its files begin; any other version is used as well
-D4RL_VERSIONS = {
-    "current": "5bdf1bc4 e121c5f7 9d51ad87 cf00f43a e75de96a 6b8d7f86 41324e84 48d494a4 015db75d "
-    "9df6345e",
-    "earlier": "828ab916 3ebbc1b9 3c599b8c",
-}
+D4RL_EARLIER = ("828ab916", "3ebbc1b9", "3c599b8c")  # how the SHA-256 of its older files begin
 ASSETS = Path(__file__).parent / "assets"
 DOOR = "hand_dapg/door-v0_demos_clipped.hdf5"  # D4RL's own, also among ASSETS, CC BY 4.0
 BUNDLED = ASSETS / "hopper-medium-replay-sac.hdf5"  # where D4RL's cannot be downloaded
@@ -188,10 +183,9 @@ class Dataset:
     def summary(self):
         """Name, counts, mean and best return and a fingerprint, as plain values."""
         returns = np.add.reduceat(self.rewards.astype(np.float64), self.begins)
-        sha256 = hashlib.sha256()
-        for x in (self.observations, self.actions, self.rewards, self.ends, self.terminated):
-            sha256.update(np.ascontiguousarray(x))
-        about = {"name": self.name, "source": self.source, "sha256": sha256.hexdigest()}
+        columns = (self.observations, self.actions, self.rewards, self.ends, self.terminated)
+        sha256 = hashlib.sha256(b"".join(x.tobytes() for x in columns)).hexdigest()
+        about = {"name": self.name, "source": self.source, "sha256": sha256}
         about |= {"transitions": len(self.rewards), "episodes": len(self.ends)}
         about |= {"return_mean": float(returns.mean()), "return_best": float(returns.max())}
         return about | {"longest": int((self.ends - self.begins).max()) + 1}
@@ -202,23 +196,21 @@ def load_dataset(env, data=""):
     if data.startswith("minari:"):
         return read_minari(data.removeprefix("minari:"))
     if data:
-        return read_hdf5(Path(data), Path(data).name, "from --data")
+        return read_hdf5(Path(data), "from --data")
     folder = os.path.expanduser(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets")
-    if folder.startswith("~"):
-        raise UserError("there is no home folder; set D4RL_DATASET_DIR, or give --data FILE")
     where = DOOR if env == "door-human" else f"gym_mujoco_v2/{env.replace('-', '_')}-v2.hdf5"
     path = ASSETS / Path(where).name
     if not path.exists():
         path = Path(folder) / path.name
     if path.exists() or download(D4RL_URL + where, path):
-        return read_hdf5(path, path.name, d4rl_version(path))
+        version = hashlib.sha256(path.read_bytes()).hexdigest()[:8]  # its score is printed with it
+        which = "earlier version" if version in D4RL_EARLIER else f"version {version}"
+        return read_hdf5(path, f"D4RL, {which}")
     if env != "hopper-medium-replay" or not BUNDLED.exists():
-        text = f"no data for {env}: put the file there, or give --data FILE"
-        if env != "door-human":  # of people
-            text += f", or make it by D4RL's recipe, python -m reproduce.collect --env {env}"
-        raise UserError(text)
+        way_out = f"or make it by D4RL's recipe, python -m reproduce.collect --env {env}"
+        raise UserError(f"no data for {env}: put the file there, give --data FILE, {way_out}")
     print(f"In its place: {BUNDLED.name}, of one SAC run: not comparable with the paper's.")
-    return read_hdf5(BUNDLED, BUNDLED.name, "bundled, not D4RL's")
+    return read_hdf5(BUNDLED, "bundled, not D4RL's")
 
 
 def download(url, path):
@@ -240,34 +232,17 @@ def download(url, path):
     return True
 
 
-def d4rl_version(path):
-    """The version of one of D4RL's files, which its score is printed and saved with."""
-    with open(path, "rb") as f:
-        sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-    for version, known in D4RL_VERSIONS.items():
-        if sha256[:8] in known:
-            return f"D4RL, {version} version"
-    print(f"{path} is of a version that this program does not know: SHA-256 {sha256}")
-    return f"D4RL, version {sha256[:8]}"
-
-
-def read_hdf5(path, name, source):
+def read_hdf5(path, source):
     """A file in D4RL's layout: Dataset.KEYS, one row a step."""
     import h5py
 
-    if not path.exists():
-        raise UserError(f"{path} is missing")
     try:
         with h5py.File(path) as f:
-            keys = list(itertools.islice(f, 8))
-            found = {key: f.get(key) for key in Dataset.KEYS}
-            arrays = {key: x[()] for key, x in found.items() if isinstance(x, h5py.Dataset)}
+            columns = [np.asarray(f[key][()]) for key in Dataset.KEYS]
     except Exception as error:  # of h5py, numpy or the file system
-        raise UserError(f"{path} cannot be read as HDF5 ({error})") from None
-    if missing := [key for key in Dataset.KEYS if key not in arrays]:
-        lacks = f"lacks the arrays {', '.join(missing)} of D4RL's layout"
-        raise UserError(f"{path} {lacks}; it has {', '.join(keys) or 'nothing'}")
-    return Dataset(name, source, [np.asarray(x) for x in arrays.values()])
+        layout = f"an HDF5 file with the arrays {', '.join(Dataset.KEYS)}"
+        raise UserError(f"{path} cannot be read as {layout} ({error})") from None
+    return Dataset(path.name, source, columns)
 
 
 def read_minari(dataset_id):
@@ -276,8 +251,7 @@ def read_minari(dataset_id):
 
     rows = []
     try:
-        missing = dataset_id not in minari.list_local_datasets()
-        for e in minari.load_dataset(dataset_id, download=missing).iterate_episodes():
+        for e in minari.load_dataset(dataset_id, download=True).iterate_episodes():
             # there is one observation more than actions: the last one, on which nobody acted
             observations = flat(e.observations, len(e) + 1)[:-1]
             truncations = np.array(e.truncations)
@@ -346,16 +320,14 @@ class Batches:
         raw = {"obs": dataset.observations, "action": dataset.actions, "return": go[:, None]}
         raw = {name: torch.tensor(x, dtype=torch.float32, device=device) for name, x in raw.items()}
         self.normalizer = {name: fit_range(x) for name, x in raw.items()}
-        scaled = {name: encode(x, self.normalizer[name]) for name, x in raw.items()}
-        self.obs = scaled["obs"]  # (N, O)
-        self.actions = scaled["action"]  # (N, A)
-        self.returns_to_go = scaled["return"].squeeze(1)  # (N,)
+        self.obs = encode(raw["obs"], self.normalizer["obs"])  # (N, O)
+        self.actions = encode(raw["action"], self.normalizer["action"])  # (N, A)
+        self.returns_to_go = encode(raw["return"], self.normalizer["return"]).squeeze(1)  # (N,)
         lengths = dataset.ends - dataset.begins + 1
         # the last row of each row's episode, (N,)
         self.lasts = torch.tensor(np.repeat(dataset.ends, lengths), device=device)
         self.horizon = horizon
         self.dims = [self.obs.shape[1], self.actions.shape[1]]
-        self.padded = int(np.minimum(lengths, horizon - 1).sum())  # windows
 
     def rows(self, rows, actions):
         """States (B, O) of rows (B,), the actions (B, actions, A) from there."""
@@ -898,10 +870,8 @@ STAGES = {"reward": reward_stage, "teacher": teacher_stage, "student": student_s
 @contextlib.contextmanager
 def replacing(path):
     """A binary file that takes the place of `path` once it is written whole, or never."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a name of its own for each process, as two may work in one folder
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # two may work in one folder
     try:
         with open(partial, "wb") as f:
             yield f
@@ -915,23 +885,20 @@ def replacing(path):
 def load_checkpoint(path, stage, device="cpu"):
     """A checkpoint of that stage, or UserError saying what is wrong with the file."""
     if not Path(path).is_file():
-        raise UserError(f"no trained {stage} at {path}: train it first, see `ractd.py --help`")
-    content = io.BytesIO(Path(path).read_bytes())
+        raise UserError(f"no trained {stage} at {path}: train it first, or give another --out")
+    content = Path(path).read_bytes()
     whole = False
-    with contextlib.suppress(Exception):  # of many kinds, as any byte may be another
-        whole = zipfile.ZipFile(content).testzip() is None  # torch.load checks no checksums
+    with contextlib.suppress(Exception):  # torch.load checks no checksums; any byte may be another
+        whole = zipfile.ZipFile(io.BytesIO(content)).testzip() is None
     if not whole:
         raise UserError(f"{path} is damaged; delete it and give the same command again")
     try:
-        content.seek(0)
-        checkpoint = torch.load(content, map_location=device, weights_only=True)
-        version = checkpoint.get("format", 1)
+        checkpoint = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        fits = checkpoint["format"] == FORMAT and checkpoint["stage"] == stage
     except Exception as error:  # no checkpoint, or no such device, no memory
         raise UserError(f"{path} cannot be loaded as a checkpoint ({error!r:.200})") from None
-    if version != FORMAT:
-        raise UserError(f"{path} is of another version of this program; delete it or change --out")
-    if checkpoint["stage"] != stage:
-        raise UserError(f"{path} holds a {checkpoint['stage']}, not a {stage}")
+    if not fits:
+        raise UserError(f"{path} is no {stage} of this version of the program; change --out")
     return checkpoint
 
 
@@ -951,8 +918,7 @@ def mean_of(infos, stage, step):
     means = {name: float(sum(info[name] for info in infos)) / len(infos) for name in infos[0]}
     for name, mean in means.items():
         if not math.isfinite(mean):
-            where = f"between steps {step - len(infos):,} and {step:,}"
-            raise UserError(f"{stage}: {name} is {mean} {where}; try a smaller learning rate")
+            raise UserError(f"{stage}: {name} is {mean} at step {step:,}; lower the learning rate")
     return means
 
 
@@ -977,9 +943,8 @@ def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_de
     """
     device = next(net.parameters()).device
     average = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        net.parameters(), lr, (0.95, 0.999), weight_decay=weight_decay, fused=True
-    )
+    betas = (0.95, 0.999)
+    optimizer = optim.AdamW(net.parameters(), lr, betas, weight_decay=weight_decay, fused=True)
     parts = {"net": net, "ema": average, "optimizer": optimizer}
     done = {"stage": stage, "format": FORMAT, "step": 0, "steps": steps, "log": [], "seconds": 0.0}
 
@@ -1103,10 +1068,7 @@ class Policy(nn.Module):
 
 
 def simulator(env, data):
-    """A callable that makes the simulator of `env`, or that which a Minari set names.
-
-    data: a `Dataset.summary`. UserError if it cannot be made, or its spaces are no vectors.
-    """
+    """A callable that makes the simulator of `env`, or of a Minari set; data: Dataset.summary()."""
     import gymnasium
     from gymnasium.spaces import Box, Dict
 
@@ -1127,19 +1089,17 @@ def simulator(env, data):
         one = gymnasium.make(gym_id, **how)
         one.close()
     except Exception as error:  # of whatever package the environment is from
-        hint = "if it is of another package, give --env PACKAGE:ID"
-        raise UserError(f"the environment of {env} cannot be made ({error}); {hint}") from None
+        hint = "of another package: --env PACKAGE:ID"
+        raise UserError(f"the environment {env} cannot be made ({error}); {hint}") from None
 
     def vector(space):
         return all(map(vector, space.values())) if isinstance(space, Dict) else type(space) is Box
 
     if type(one.action_space) is not Box or not vector(one.observation_space):
-        spaces = f"observations {one.observation_space}, actions {one.action_space}"
-        raise UserError(f"{env}: {spaces} are not both vectors of numbers (Box)")
-    if not (one.spec and one.spec.max_episode_steps):
-        limit = max(1000, data["longest"])
-        how["max_episode_steps"] = limit
-        print(f"{env} has no time limit: an episode ends after {limit:,} steps")
+        raise UserError(f"{one.observation_space}, {one.action_space}: not both vectors (Box)")
+    if not one.spec.max_episode_steps:
+        how["max_episode_steps"] = max(1000, data["longest"])
+        print(f"{env} has no time limit: an episode ends after {how['max_episode_steps']:,} steps")
 
     def make(**options):
         made = gymnasium.make(gym_id, **how, **options)
@@ -1223,12 +1183,12 @@ def evaluate_and_report(checkpoint, config, out, device="cpu"):
     print(f"{label:<32}{returns.mean():9.5g}{scores.mean():9.1f}{error:11.1f}")
 
     metrics = {"env": env, "dataset": data, "method": method, "weights": weights_id(checkpoint)}
-    metrics |= {"calls": policy.calls, "temperature": config.temperature}
+    metrics |= {"calls": policy.calls, "temperature": policy.temperature}
     metrics |= {"episodes": n, "first_seed": first}
     means = {"return_mean": returns.mean(), "score_mean": scores.mean(), "score_sem": error}
     metrics |= {name: float(x) if math.isfinite(x) else None for name, x in means.items()} | result
     who = f"{method.replace(', ', '-').replace(' ', '-')}_{metrics['weights']}"
-    how = f"calls{policy.calls}_T{config.temperature}_seeds{first}-{first + n - 1}"
+    how = f"calls{policy.calls}_T{policy.temperature}_seeds{first}-{first + n - 1}"
     path = out / f"score_{who}_{how}.json"
     with replacing(path) as f:
         f.write(json.dumps(metrics, indent=2).encode())
@@ -1272,18 +1232,21 @@ def load_data(run, needs_simulator=True, kind=Batches):
         dataset.actions = clipped
         meta["dataset"] = dataset.summary()
     batches = kind(dataset, run.config.horizon, run.config.gamma, run.device)
-    windows = f"{len(batches.obs):,} windows of {batches.horizon} actions"
-    print(f"      {windows}, {batches.padded:,} of them padded at an episode's end", flush=True)
-    box = torch.tensor(box, dtype=torch.float32)
-    return batches, meta | {"normalizer": batches.normalizer, "box": box}
+    print(f"      {len(batches.obs):,} windows of {batches.horizon} actions", flush=True)
+    return batches, meta | {"normalizer": batches.normalizer, "box": torch.tensor(box)}
 
 
 def check_compatible(path, saved, asked):
     """Raise UserError listing the values of `asked` that `saved` has not."""
     if wrong := [name for name in asked if saved.get(name) != asked[name]]:
         lines = [f"  {name}: {saved.get(name)} in the file, {asked[name]} asked" for name in wrong]
-        way_out = "Give the same, or another --out."
-        raise UserError("\n".join([f"{path} was made otherwise:", *lines, way_out]))
+        raise UserError("\n".join([f"{path} was made otherwise, give another --out:", *lines]))
+
+
+def make_folder(out):
+    """A folder that can be written to: OSError now, not after the training."""
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
 
 
 def load_or_train(run, stage, fields, meta, built_on, make, **how):
@@ -1298,7 +1261,7 @@ def load_or_train(run, stage, fields, meta, built_on, make, **how):
     meta = {**meta, "recipe": recipe, "config": dataclasses.asdict(run.config)}
     saved = load_checkpoint(path, stage, run.device) if path.exists() else None
     if saved:
-        check_compatible(path, saved["recipe"], dict.fromkeys(saved["recipe"]) | recipe)
+        check_compatible(path, saved["recipe"], recipe)
     while not saved or saved["step"] < saved["steps"]:  # again if a second run saved less
         torch.manual_seed(run.config.seed)
         net, loss_fn = make()
@@ -1337,6 +1300,7 @@ def train_stage(run, stage, batches, meta, models):
 def train(run):
     """Train what is missing of the stages of a command; distill scores its student, too."""
     evaluates = run.command == "distill" and run.config.episodes > 0
+    make_folder(run.out)
     batches, meta = load_data(run, needs_simulator=evaluates)
     models = {}
     for stage in stages_of(run.command, run.config):
@@ -1351,10 +1315,10 @@ def act_again(run):
     saved = load_checkpoint(path, run.model, run.device)
     if run.env:
         check_compatible(path, saved, {"env": run.env})
+    make_folder(run.out)
     if saved["step"] < saved["steps"]:
         print(f"{path} is half trained: {saved['step']:,} of {saved['steps']:,} steps")
-    if run.temperature is None:  # not given: as it was trained
-        run.config.temperature = saved["config"]["temperature"]
+    run.config.temperature = run.temperature  # None, if not given: as it was trained
     evaluate_and_report(saved, run.config, run.out, run.device)
 
 
@@ -1376,10 +1340,7 @@ FLAGS = {  # those that are no fields of Config
     "data": {"help": "FILE.hdf5 in D4RL's layout, or minari:ID (default: D4RL's file of --env)"},
     "out": {"help": "folder for all that is written (default: runs/<env>)"},
     "device": {"help": "cpu, cuda, cuda:1, ... (default: cpu)"},
-    "preset": {
-        "help": "paper-losses: Eqs. 4 to 9, plain teacher; paper: its sizes, too (default: none)",
-        "choices": PRESETS,
-    },
+    "preset": {"help": "paper-losses: Eqs. 4 to 9; paper: its sizes, too", "choices": PRESETS},
     "model": {"help": "who acts (default: student)", "choices": ("student", "teacher")},
 }
 
@@ -1415,8 +1376,7 @@ def add_flag(parser, field, paper=()):
 
 def check_range(field, value):
     """Raise UserError if a field of Config does not allow this value."""
-    low = field.metadata["low"]
-    high = field.metadata["high"]
+    low, high = field.metadata["range"]
     if low is not None and not low <= value <= high:
         raise UserError(f"--{field.name.replace('_', '-')} {value}: must be in {low} to {high}")
 
@@ -1427,11 +1387,8 @@ def prepare(run):
     if run.data and not run.env:
         minari = run.data.startswith("minari:")
         run.env = run.data.removeprefix("minari:") if minari else Path(run.data).stem
-    if not (run.env or evaluates and run.out):
-        other = "the --out of a run" if evaluates else "--data FILE"
-        raise UserError(f"give --env, one of {', '.join(ENVS)}, or {other}")
-    if not evaluates and not run.data and run.env not in ENVS:
-        raise UserError(f"--env {run.env} is unknown; there are {', '.join(ENVS)}; with --data any")
+    if not (run.data or run.env in ENVS or evaluates and (run.env or run.out)):
+        raise UserError(f"--env must be one of {', '.join(ENVS)}; with --data any")
     run.out = Path(run.out or "runs/" + run.env.replace("/", "-"))
     try:
         run.device = torch.device(run.device)
@@ -1459,20 +1416,8 @@ def prepare(run):
             raise UserError(f"--horizon {run.config.horizon}: {way_out}")
         if run.config.reward_actions > run.config.horizon:
             raise UserError(f"--reward-actions: must be at most --horizon, {run.config.horizon}")
-    if evaluates and not run.out.is_dir():
-        raise UserError(f"there is no folder {run.out}: train first, or give its --out")
     if evaluates and run.config.episodes < 1:
         raise UserError("--episodes must be at least 1 to evaluate")
-
-
-def make_folder(out):
-    """The run's folder, writable, without what killed processes left; OSError now, not later."""
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()
-    for partial in out.glob("*.pt.*.part"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - partial.stat().st_mtime > 3600:  # nobody writes for an hour
-                partial.unlink()
 
 
 def main(argv=None):
@@ -1482,10 +1427,10 @@ def main(argv=None):
         prepare(run)
         if run.command == "data":
             load_data(run, needs_simulator=False)
-            return 0
-        make_folder(run.out)
-        command = act_again if run.command == "evaluate" else train
-        command(run)
+        elif run.command == "evaluate":
+            act_again(run)
+        else:
+            train(run)
     except (UserError, OSError, ImportError) as error:
         print(f"ractd.py: {error}", file=sys.stderr)
         return 2

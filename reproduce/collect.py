@@ -235,7 +235,7 @@ def run(args):
     write_hdf5(path, collect(env_id, task, kind, steps, args.transitions, args.seed))
     text = "{transitions:,} transitions, {episodes:,} episodes, return: mean {return_mean:.5g}, "
     text += "best {return_best:.5g}"
-    print(f"{path}: {text.format(**read_hdf5(path, path.name, 'file').summary())}")
+    print(f"{path}: {text.format(**read_hdf5(path, 'file').summary())}")
     print(f"next: python ractd.py distill --env {args.env} --data {shlex.quote(str(path))}")
 
 

@@ -352,7 +352,7 @@ def test_exported_files_act_as_the_policy_does(run, capsys, monkeypatch):
         patch.setitem(sys.modules, "onnxscript", None)
         refused(capsys, export.main([f"--out={out}"]), "onnxscript", "pip install")
     assert not (out / "policy.onnx").exists() and (out / "policy.pt2").exists()
-    refused(capsys, export.main(["--env=hopper-medium"]), "there is no folder")
+    refused(capsys, export.main(["--env=hopper-medium"]), "no trained student")
     refused(capsys, export.main([f"--out={out}", "--env=hopper-medium"]), "made otherwise")
 
 
@@ -494,7 +494,7 @@ def test_the_table_has_means_over_training_seeds_and_the_runs_names(tmp_path, ca
 def test_the_door_is_learnt_and_opened_offline_from_d4rls_own_file(capsys):
     assert ractd.main(["distill", "--env=door-human", *FLAGS, "--episodes=1"]) == 0
     out = capsys.readouterr().out
-    assert "door-v0_demos_clipped.hdf5 (D4RL, current version): 6,729 transitions" in out
+    assert "door-v0_demos_clipped.hdf5 (D4RL, version 9df6345e): 6,729 transitions" in out
     (path,) = Path("runs/door-human").glob("score_*.json")
     metrics = read(path)
     assert metrics["lengths"] == [200]
@@ -689,7 +689,7 @@ def test_replay_is_the_training_history(corridor, capsys, monkeypatch):
     with h5py.File("Corridor-v0.hdf5") as f:
         types_found = [f[key].dtype.name for key in ractd.Dataset.KEYS]
     assert types_found == ["float32", "float32", "float32", "bool", "bool"]
-    dataset = ractd.read_hdf5(corridor / "Corridor-v0.hdf5", "corridor", "file")
+    dataset = ractd.read_hdf5(corridor / "Corridor-v0.hdf5", "file")
     # episodes of 3 and 5 steps by turns: 31 pairs are 248 steps, the last 2 steps are cut off
     assert (dataset.ends + 1).tolist() == np.cumsum([3, 5] * 31).tolist()
     assert dataset.terminated.tolist() == [True, False] * 31
@@ -714,8 +714,8 @@ def test_medium_and_medium_expert(corridor):
     flags = ["--env=Corridor-v0", "--steps=1000", "--transitions=400"]
     assert collect.main([*flags, "--kind=medium", "--out=m.hdf5"]) == 0
     assert collect.main([*flags, "--kind=medium-expert", "--out=me.hdf5"]) == 0
-    medium = ractd.read_hdf5(corridor / "m.hdf5", "medium", "file")
-    mixed = ractd.read_hdf5(corridor / "me.hdf5", "medium-expert", "file")
+    medium = ractd.read_hdf5(corridor / "m.hdf5", "file")
+    mixed = ractd.read_hdf5(corridor / "me.hdf5", "file")
     assert len(medium.actions) == len(mixed.actions) == 400
     np.testing.assert_allclose(medium.actions, 0.4, rtol=1e-6)
     np.testing.assert_allclose(mixed.actions[:200], 0.4, rtol=1e-6)
@@ -756,7 +756,7 @@ def test_real_sac(tmp_path):
         flags = [f"--env={ENV}", "--steps=200", "--seed=3", f"--out={name}.hdf5"]
         assert collect.main(flags) == 0
     assert Path("a.hdf5").read_bytes() == Path("b.hdf5").read_bytes()
-    dataset = ractd.read_hdf5(tmp_path / "a.hdf5", "hopper", "file")
+    dataset = ractd.read_hdf5(tmp_path / "a.hdf5", "file")
     assert dataset.observations.shape[1] == 11 and 100 < len(dataset.rewards) <= 200
     assert np.abs(dataset.actions).max() <= 1
     arrays = collect.collect("Pendulum-v1", None, "medium-expert", 200, 400, 0)

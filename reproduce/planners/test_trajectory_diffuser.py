@@ -374,7 +374,7 @@ def test_end_to_end_trains_once_scores_once_and_keeps_variants_apart(log, tmp_pa
         (["--sigma=nan"], "--sigma must be"),
         (["--points=1"], "--points 1"),
         (["--horizon=12"], "multiple of 8"),
-        (["--data=none.hdf5"], "none.hdf5 is missing"),
+        (["--data=none.hdf5"], "No such file"),
     ],
 )
 def test_bad_input_gets_a_sentence(log, flags, words, capsys):
