@@ -1388,7 +1388,8 @@ def prepare(run):
         minari = run.data.startswith("minari:")
         run.env = run.data.removeprefix("minari:") if minari else Path(run.data).stem
     if not (run.data or run.env in ENVS or evaluates and (run.env or run.out)):
-        raise UserError(f"--env must be one of {', '.join(ENVS)}; with --data any")
+        other = "or --out" if evaluates else "with --data any"
+        raise UserError(f"give --env, one of {', '.join(ENVS)}; {other}")
     run.out = Path(run.out or "runs/" + run.env.replace("/", "-"))
     try:
         run.device = torch.device(run.device)
