@@ -888,7 +888,7 @@ def load_checkpoint(path, stage, device="cpu"):
         raise UserError(f"no trained {stage} at {path}: train it first, or give another --out")
     content = Path(path).read_bytes()
     whole = False
-    with contextlib.suppress(Exception):  # torch.load checks no checksums; any byte may be another
+    with contextlib.suppress(Exception):  # of many kinds; torch.load checks no checksums
         whole = zipfile.ZipFile(io.BytesIO(content)).testzip() is None
     if not whole:
         raise UserError(f"{path} is damaged; delete it and give the same command again")
@@ -1068,7 +1068,10 @@ class Policy(nn.Module):
 
 
 def simulator(env, data):
-    """A callable that makes the simulator of `env`, or of a Minari set; data: Dataset.summary()."""
+    """A callable that makes the simulator of `env`; for a Minari set that which the set names.
+
+    data: a `Dataset.summary`. UserError if it cannot be made, or its spaces are no vectors.
+    """
     import gymnasium
     from gymnasium.spaces import Box, Dict
 
@@ -1096,7 +1099,8 @@ def simulator(env, data):
         return all(map(vector, space.values())) if isinstance(space, Dict) else type(space) is Box
 
     if type(one.action_space) is not Box or not vector(one.observation_space):
-        raise UserError(f"{one.observation_space}, {one.action_space}: not both vectors (Box)")
+        spaces = f"observations {one.observation_space}, actions {one.action_space}"
+        raise UserError(f"{env}: {spaces} are not both vectors of numbers (Box)")
     if not one.spec.max_episode_steps:
         how["max_episode_steps"] = max(1000, data["longest"])
         print(f"{env} has no time limit: an episode ends after {how['max_episode_steps']:,} steps")
@@ -1216,7 +1220,7 @@ def load_data(run, needs_simulator=True, kind=Batches):
     try:
         env = simulator(run.env, meta["dataset"])()
         sizes = [env.reset(seed=0)[0].size, math.prod(env.action_space.shape)]
-        box = np.stack([env.action_space.low, env.action_space.high], dtype=np.float32)
+        box = np.float32([env.action_space.low, env.action_space.high]).reshape(2, -1)
     except (UserError, ImportError) as error:
         if needs_simulator:
             raise

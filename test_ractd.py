@@ -28,7 +28,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-from gymnasium.wrappers import RescaleAction
+from gymnasium.wrappers import RescaleAction, TransformAction
 from minari.data_collector import EpisodeBuffer
 from pytest import approx
 from torch import allclose, equal, nn, randn, tensor
@@ -772,7 +772,11 @@ def test_the_normaliser_maps_to_the_box_and_back_and_never_far_out_of_it():
 FILE = {"source": "file", "longest": 5}
 
 
-def test_actions_outside_the_box_are_clipped_and_counted(capsys):
+def test_actions_outside_the_box_are_clipped_and_counted(monkeypatch, capsys):
+    """Also where the simulator's actions are a matrix of float64."""
+    column = gymnasium.spaces.Box(-1, 1, (3, 1), np.float64)
+    env = TransformAction(gymnasium.make("Hopper-v5"), np.ravel, column)
+    monkeypatch.setattr(ractd, "simulator", lambda *_: lambda: env)
     rows = logged()
     rows["actions"][:20, 1] = 1.5
     rows["actions"][-6] = -1e6
