@@ -382,9 +382,8 @@ class ResidualBlock(nn.Module):
         self.second = TemporalConv(c_out, c_out, kernel)
         self.skip = nn.Linear(c_in, c_out) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, film):
-        """x (B, L, C_in), film (B, 1, 2 C_out) -> (B, L, C_out)."""
-        scale, shift = film.chunk(2, dim=2)
+    def forward(self, x, scale, shift):
+        """x (B, L, C_in); scale, shift (B, 1, C_out) -> (B, L, C_out)."""
         y = torch.addcmul(shift, self.first(x), 1 + scale)
         return self.second(y) + self.skip(x)
 
@@ -409,10 +408,10 @@ class UNet1d(nn.Module):
         self.level = nn.Sequential(nn.SiLU(), nn.Linear(condition, condition))
         self.state = nn.Linear(state_dim, condition)
         self.condition = nn.Sequential(nn.SiLU(), nn.Linear(condition, condition), nn.SiLU())
-        self.film_sizes = []  # of the blocks, in the order of the forward pass
+        self.film_sizes = []  # a scale and a shift for each block, in the order of forward
 
         def stack(count, c_in, c_out):
-            self.film_sizes.extend(count * [2 * c_out])
+            self.film_sizes.extend(2 * count * [c_out])
             sizes = [(c_in, c_out)] + (count - 1) * [(c_out, c_out)]
             return nn.ModuleList(ResidualBlock(*size, kernel) for size in sizes)
 
@@ -448,16 +447,16 @@ class UNet1d(nn.Module):
         skips = []
         for blocks, halve in self.down:
             for block in blocks:
-                y = block(y, next(films))
+                y = block(y, next(films), next(films))
             skips.append(y)
             y = halve(y.reshape(y.shape[0], y.shape[1] // 2, -1))
         for block in self.middle:
-            y = block(y, next(films))
+            y = block(y, next(films), next(films))
         for double, blocks in self.up:
             y = double(y).reshape(y.shape[0], 2 * y.shape[1], -1)
             y = torch.cat([y, skips.pop()], dim=2)
             for block in blocks:
-                y = block(y, next(films))
+                y = block(y, next(films), next(films))
         return self.out(y).reshape(x.shape)
 
 
@@ -1033,7 +1032,7 @@ class Policy(nn.Module):
     @torch.inference_mode()  # a sixth faster at batch 1 than no_grad
     def act(self, observations, generators):
         """`forward` in numpy, the noise of each row from its own numpy Generator."""
-        observations = torch.tensor(np.array(observations, np.float32), device=self.box.device)
+        observations = torch.from_numpy(np.array(observations, np.float32)).to(self.box.device)
         sizes = (len(generators), self.obs_table.shape[1])
         if observations.shape != sizes:
             raise UserError(f"observations have shape {tuple(observations.shape)}, not {sizes}")
@@ -1116,22 +1115,20 @@ def evaluate(act, make_env, episodes=20, first_seed=0):
     """Closed-loop returns of `episodes` episodes in lockstep: one policy call for all that go on.
 
     act: (observations (B, O), B numpy Generators) -> plans (B, H, A), whose first action is carried
-    out; B is a multiple of 16. Episode i, simulator, noise: seed first_seed + i. -> dict of lists
+    out. Episode i: simulator of seed first_seed + i. -> dict of lists
     """
     envs = [make_env() for _ in range(episodes)]
     observations = [env.reset(seed=first_seed + i)[0] for i, env in enumerate(envs)]
-    generators = [np.random.default_rng(first_seed + i) for i in range(episodes)]
+    # not seeded as the simulators are: both would draw the same numbers
+    generators = [np.random.default_rng([first_seed + i, 1]) for i in range(episodes)]
     space = envs[0].action_space
     returns = [0.0] * episodes
     lengths = [0] * episodes
     running = list(range(episodes))
     while running:
-        # full batches of 16, as other sizes may round differently
-        spare = -len(running) % 16
-        rows = running + running[:1] * spare
-        noise = [generators[i] for i in running] + [np.random.default_rng(0)] * spare
-        plans = act(np.array([observations[i] for i in rows]), noise)
-        for i, plan in zip(running.copy(), plans, strict=False):
+        states = np.array([observations[i] for i in running])
+        plans = act(states, [generators[i] for i in running])
+        for i, plan in zip(running.copy(), plans, strict=True):
             action = np.clip(plan[0].reshape(space.shape), space.low, space.high)
             observations[i], reward, terminated, truncated, _ = envs[i].step(action)
             returns[i] += float(reward)

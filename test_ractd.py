@@ -1042,24 +1042,44 @@ def test_a_policy_is_the_plain_calls_also_pickled_and_with_other_weights(trained
 
 
 def test_returns_are_those_of_episodes_played_one_by_one(trained):
-    """In batches of 16, as others may round differently."""
     checkpoint = loaded(trained.out)
-    act = ractd.Policy(checkpoint).act
+    policy = ractd.Policy(checkpoint)
+
+    def act(observations, generators):
+        """Rows one by one, as a batch may round differently."""
+        rows = zip(observations, generators, strict=True)
+        return np.concatenate([policy.act(row[None], [noise]) for row, noise in rows])
+
     make_env = ractd.simulator(ENV, checkpoint["dataset"])
     result = ractd.evaluate(act, make_env, 3, first_seed=4)
     for seed, total, length in zip((4, 5, 6), *result.values(), strict=True):
         env = make_env()
         observation, _ = env.reset(seed=seed)
-        noise = [np.random.default_rng(seed) for _ in range(16)]
+        noise = [np.random.default_rng([seed, 1])]
         rewards = []
         ended = False
         while not ended:
-            plans = act(np.stack([observation] * 16), noise)
+            plans = policy.act(observation[None], noise)
             observation, reward, fell, late, _ = env.step(plans[0, 0])
             rewards.append(reward)
             ended = fell or late
         assert total == sum(rewards)
         assert length == len(rewards)
+
+
+def test_plans_draw_other_numbers_than_the_simulator(trained):
+    make_env = ractd.simulator(ENV, loaded(trained.out)["dataset"])
+    drawn = []
+
+    def act(observations, generators):
+        drawn.append(generators[0].random())
+        return np.zeros((len(observations), 1, 3))
+
+    ractd.evaluate(act, make_env, 1, first_seed=4)
+    env = make_env()
+    env.reset(seed=4)
+    assert env.unwrapped.np_random.bit_generator.seed_seq.entropy == 4  # as gymnasium seeds it
+    assert not np.isin(drawn, np.random.default_rng(4).random(10_000)).any()
 
 
 def test_two_different_evaluations_never_share_a_file_and_the_same_one_does(out, give):

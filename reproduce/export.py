@@ -34,6 +34,49 @@ TOLERANCE = 1e-5  # of a plan in raw units, or of its largest value where that i
 BATCH_SIZES = (1, 2, 5, 64)  # of the check
 
 
+class Unrolled(nn.Module):
+    """A TemporalConv over plans of one length, as one matrix from all positions to all positions.
+
+    To an action at a time it is what pads, slices, joins and multiplies in one operation.
+    """
+
+    def __init__(self, conv, length):
+        super().__init__()
+        taps = conv.weight.detach().unflatten(1, (conv.kernel, -1))  # (C_out, kernel, C_in)
+        c_out, _, c_in = taps.shape
+        matrix = taps.new_zeros(length, c_out, length, c_in)
+        for to in range(length):
+            for of in range(length):
+                tap = of - to + conv.kernel // 2
+                if 0 <= tap < conv.kernel:
+                    matrix[to, :, of] = taps[:, tap]
+        self.register_buffer("matrix", matrix.reshape(length * c_out, length * c_in))
+        self.register_buffer("bias", conv.bias.detach().repeat(length))
+        self.norm = conv.norm
+
+    def forward(self, x):
+        """x (B, length, C_in) -> (B, length, C_out)."""
+        y = nn.functional.linear(x.flatten(1), self.matrix, self.bias)
+        return nn.functional.silu(self.norm(y.unflatten(1, (x.shape[1], -1))))
+
+
+def unroll(net, *inputs):
+    """Replace, in a network called with `inputs`, each TemporalConv of which that costs little."""
+    lengths = {}
+    convs = {name: m for name, m in net.named_modules() if isinstance(m, ractd.TemporalConv)}
+    hooks = [
+        conv.register_forward_pre_hook(lambda _, x, name=name: lengths.update({name: x[0].shape[1]}))
+        for name, conv in convs.items()
+    ]
+    with torch.no_grad():
+        net(*inputs)
+    for hook in hooks:
+        hook.remove()
+    for name, conv in convs.items():
+        if lengths[name] <= conv.kernel + 1:  # else most of the matrix is zeros
+            net.set_submodule(name, Unrolled(conv, lengths[name]))
+
+
 class Deployed(nn.Module):
     """A Policy as a function of observations and noise alone, without callables or randomness."""
 
