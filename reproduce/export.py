@@ -18,7 +18,9 @@ The batch size B is free. Neither takes a single observation (O,): give it as
 np.float32(observation)[None]. The ONNX file is checked against the policy before it is written.
 """
 
+import copy
 import io
+import itertools
 import logging
 import sys
 import warnings
@@ -32,49 +34,6 @@ from reproduce.common import make_parser, run_command
 
 TOLERANCE = 1e-5  # of a plan in raw units, or of its largest value where that is more than 1
 BATCH_SIZES = (1, 2, 5, 64)  # of the check
-
-
-class Unrolled(nn.Module):
-    """A TemporalConv over plans of one length, as one matrix from all positions to all positions.
-
-    To an action at a time it is what pads, slices, joins and multiplies in one operation.
-    """
-
-    def __init__(self, conv, length):
-        super().__init__()
-        taps = conv.weight.detach().unflatten(1, (conv.kernel, -1))  # (C_out, kernel, C_in)
-        c_out, _, c_in = taps.shape
-        matrix = taps.new_zeros(length, c_out, length, c_in)
-        for to in range(length):
-            for of in range(length):
-                tap = of - to + conv.kernel // 2
-                if 0 <= tap < conv.kernel:
-                    matrix[to, :, of] = taps[:, tap]
-        self.register_buffer("matrix", matrix.reshape(length * c_out, length * c_in))
-        self.register_buffer("bias", conv.bias.detach().repeat(length))
-        self.norm = conv.norm
-
-    def forward(self, x):
-        """x (B, length, C_in) -> (B, length, C_out)."""
-        y = nn.functional.linear(x.flatten(1), self.matrix, self.bias)
-        return nn.functional.silu(self.norm(y.unflatten(1, (x.shape[1], -1))))
-
-
-def unroll(net, *inputs):
-    """Replace, in a network called with `inputs`, each TemporalConv of which that costs little."""
-    lengths = {}
-    convs = {name: m for name, m in net.named_modules() if isinstance(m, ractd.TemporalConv)}
-    hooks = [
-        conv.register_forward_pre_hook(lambda _, x, name=name: lengths.update({name: x[0].shape[1]}))
-        for name, conv in convs.items()
-    ]
-    with torch.no_grad():
-        net(*inputs)
-    for hook in hooks:
-        hook.remove()
-    for name, conv in convs.items():
-        if lengths[name] <= conv.kernel + 1:  # else most of the matrix is zeros
-            net.set_submodule(name, Unrolled(conv, lengths[name]))
 
 
 class Deployed(nn.Module):
@@ -100,12 +59,53 @@ class Deployed(nn.Module):
         return observation, torch.randn(batch, *self.noise_shape)
 
 
+class Unrolled(nn.Module):
+    """A TemporalConv over `length` positions as one matrix: faster, where there are few."""
+
+    def __init__(self, conv, length):
+        super().__init__()
+        taps = conv.weight.detach().unflatten(1, (conv.kernel, -1))  # (C_out, kernel, C_in)
+        c_out, _, c_in = taps.shape
+        matrix = taps.new_zeros(length, c_out, length, c_in)
+        for to, of in itertools.product(range(length), repeat=2):
+            tap = of - to + conv.kernel // 2
+            if 0 <= tap < conv.kernel:
+                matrix[to, :, of] = taps[:, tap]
+        self.register_buffer("matrix", matrix.reshape(length * c_out, length * c_in))
+        self.register_buffer("bias", conv.bias.detach().repeat(length))
+        self.norm = conv.norm
+
+    def forward(self, x):
+        """x (B, length, C_in) -> (B, length, C_out)."""
+        y = nn.functional.linear(x.flatten(1), self.matrix, self.bias)
+        return nn.functional.silu(self.norm(y.unflatten(1, (x.shape[1], -1))))
+
+
+def unroll(module, *inputs):
+    """Replace each TemporalConv that has few positions when the module is called with inputs."""
+    lengths = {}
+    hooks = []
+    for name, conv in module.named_modules():
+        if isinstance(conv, ractd.TemporalConv):
+            note = lambda _, x, name=name: lengths.update({name: x[0].shape[1]})
+            hooks.append(conv.register_forward_pre_hook(note))
+    with torch.no_grad():
+        module(*inputs)
+    for hook in hooks:
+        hook.remove()
+    for name, length in lengths.items():
+        conv = module.get_submodule(name)
+        if length <= conv.kernel:  # else the matrix is mostly zeros
+            module.set_submodule(name, Unrolled(conv, length))
+
+
 def to_program(deployed):
     """A Deployed as torch.export's program with a free batch size."""
+    inputs = deployed.inputs(2)
+    fast = copy.deepcopy(deployed)
+    unroll(fast, *inputs)
     batch = torch.export.Dim("batch")
-    return torch.export.export(
-        deployed, deployed.inputs(2), dynamic_shapes=({0: batch}, {0: batch})
-    )
+    return torch.export.export(fast, inputs, dynamic_shapes=({0: batch}, {0: batch}))
 
 
 def to_onnx(program, inputs=("observation", "noise"), output="plan"):

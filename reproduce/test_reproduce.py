@@ -1,5 +1,6 @@
 """Tests of what makes the tables and pictures: python -m pytest -q, from the repository root."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import ractd
 from reproduce import ablate, baselines, bench, collect, common, export, figures, seeds, tables
@@ -320,6 +322,18 @@ def test_a_teacher_acts_the_same_with_its_network_by_onnx(run):
 
 
 # ---- export.py -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_a_convolution_of_few_positions_is_one_matrix(kernel):
+    net = nn.Sequential(ractd.TemporalConv(2, 4, kernel), ractd.TemporalConv(4, 3, kernel))
+    for length in range(1, 8):
+        x = torch.randn(5, length, 2)
+        unrolled = copy.deepcopy(net)
+        export.unroll(unrolled, x)
+        matrices = [isinstance(m, export.Unrolled) for m in unrolled]
+        assert matrices == 2 * [length <= kernel]
+        assert torch.allclose(unrolled(x), net(x), rtol=0, atol=1e-6)
 
 
 def test_exported_files_act_as_the_policy_does(run, capsys, monkeypatch):
