@@ -135,6 +135,7 @@ def onnx_network_act(policy):
         "t": torch.ones(2),
         "state": torch.zeros(2, policy.obs_table.shape[1]),
     }
+    export.unroll(policy.net, *inputs.values())
     dims = {name: {0: torch.export.Dim("batch")} for name in inputs}
     program = torch.export.export(policy.net, (), inputs, dynamic_shapes=dims)
     session = export.onnx_session(export.to_onnx(program, list(inputs), "y"))
