@@ -95,7 +95,7 @@ def unroll(module, *inputs):
         hook.remove()
     for name, length in lengths.items():
         conv = module.get_submodule(name)
-        if length <= conv.kernel:  # else the matrix is mostly zeros
+        if length <= conv.kernel + 1:  # else too much of the matrix is zeros
             module.set_submodule(name, Unrolled(conv, length))
 
 
