@@ -790,10 +790,20 @@ def test_actions_outside_the_box_are_clipped_and_counted(monkeypatch, capsys):
 
 
 def test_a_simulator_wants_vectors_and_a_goal_becomes_one_without_what_is_achieved():
-    maze = ractd.simulator("gymnasium_robotics:PointMaze_UMaze-v3", FILE)()
-    observation, _ = maze.reset(seed=0)
-    parts, _ = maze.unwrapped.reset(seed=0)
-    assert observation.tolist() == [*parts["desired_goal"], *parts["observation"]]
+    parts = {"observation": [1, 2], "achieved_goal": [3], "desired_goal": [4]}
+    parts = {name: np.float32(x) for name, x in parts.items()}
+    boxes = {name: gymnasium.spaces.Box(-9, 9, x.shape) for name, x in parts.items()}
+
+    class Goal(gymnasium.Env):
+        observation_space = gymnasium.spaces.Dict(boxes)
+        action_space = boxes["observation"]
+
+        def reset(self, **_):
+            return parts, {}
+
+    gymnasium.register("Goal-v0", Goal, max_episode_steps=5)
+    observation, _ = ractd.simulator("Goal-v0", FILE)().reset(seed=0)
+    assert observation.tolist() == [4, 1, 2]
     nested = {"b": np.eye(2), "a": {"x": 5}}
     assert ractd.flat(nested, rows=1).tolist() == [[5, 1, 0, 0, 1]]
     with pytest.raises(UserError, match="not both vectors"):
