@@ -23,7 +23,6 @@ holds what the default adds to it. README.md has a table of both.
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import datetime
@@ -33,10 +32,8 @@ import itertools
 import json
 import math
 import os
-import signal
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 import zipfile
@@ -77,48 +74,63 @@ class UserError(Exception):
     """Something that the user can put right: printed as one sentence, exit code 2."""
 
 
-def option(default, help, low=None, high=math.inf, choices=None):
+def option(default, help, low=None, high=10**9, choices=None):
     """A field of Config, which is a command-line flag with this help and range, too."""
     metadata = {"help": help, "range": (low, high), "choices": choices}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-DENOISING = "mean: squared errors, Eq. 7 on g(x_t, t, t); paper: pseudo-Huber, on G(x_t, t, 0)"
-REWARD_INPUT = "what R sees in Eq. 8: the one-call plan, or DSM's prediction at every noise level"
+def check_ranges(config):
+    """Raise UserError if a field of such options is out of its range."""
+    for field in dataclasses.fields(config):
+        low, high = field.metadata["range"]
+        value = getattr(config, field.name)
+        if low is not None and not low <= value <= high:
+            flag = field.name.replace("_", "-")
+            raise UserError(f"--{flag} {value}: must be in {low} to {high}")
 
 
 @dataclasses.dataclass
 class Config:
     """Hyperparameters of training and acting; presets change some of the defaults."""
 
-    seed: int = option(0, "seed of all training", 0, 2**63 - 1)
+    seed: int = option(0, "seed of all training", 0)
     horizon: int = option(16, "H, c in the paper: the number of actions in a plan", 1, 1024)
     network: str = option("small", "size of the U-Net", choices=tuple(NETWORKS))
-    denoising: str = option("mean", DENOISING, choices=("mean", "paper"))
-    teacher_steps: int = option(8000, "gradient steps of the teacher", 1, 10**9)
-    teacher_batch: int = option(128, "plans in a teacher step", 1, 100_000)
+    denoising: str = option("mean", "form of Eqs. 4, 7, see dsm_loss", choices=("mean", "paper"))
+    teacher_steps: int = option(8000, "gradient steps of the teacher", 1)
+    teacher_batch: int = option(128, "plans in a teacher step", 1)
     teacher_lr: float = option(1e-3, "peak learning rate of the teacher", 1e-9, 1)
     reward_teacher: bool = option(True, "weight the teacher's windows by their advantage under R")
-    reward_steps: int = option(3000, "gradient steps of the reward model R", 1, 10**9)
-    reward_batch: int = option(256, "transitions in a step of R", 1, 100_000)
+    reward_steps: int = option(3000, "gradient steps of the reward model R", 1)
+    reward_batch: int = option(256, "transitions in a step of R", 1)
     reward_lr: float = option(1e-3, "peak learning rate of R", 1e-9, 1)
-    reward_actions: int = option(4, "how many of a plan's first actions R sees", 1, 1024)
+    reward_actions: int = option(4, "how many of a plan's first actions R sees", 1)
     reward_networks: int = option(4, "the number of networks whose mean is R", 1, 64)
     gamma: float = option(0.99, "discount of the return-to-go", 0, 0.9999)
-    student_steps: int = option(1000, "gradient steps of the student", 1, 10**9)
-    student_batch: int = option(64, "plans in a student step", 1, 100_000)
+    student_steps: int = option(1000, "gradient steps of the student", 1)
+    student_batch: int = option(64, "plans in a student step", 1)
     student_lr: float = option(1e-3, "peak learning rate of the student", 1e-9, 1)
-    grid_points: int = option(20, "N: noise levels in the grid of t, u and k", 3, 9999)
-    ctm_weight: float = option(1.0, "alpha of Eq. 9", 0, 10**6)
-    dsm_weight: float = option(1.0, "beta of Eq. 9", 0, 10**6)
-    reward_weight: float = option(0.3, "sigma of Eq. 9; 0: CTD; presets: as published", 0, 10**6)
-    reward_input: str = option("plan", REWARD_INPUT, choices=("plan", "dsm"))
-    trajectories: int = option(192, "teacher trajectories in a student step; 0: none", 0, 100_000)
-    temperature: float = option(0.25, "scale of the acting noise; evaluate: as trained", 0, 100)
+    grid_points: int = option(20, "N: noise levels in the grid of t, u and k", 3)
+    ctm_weight: float = option(1.0, "alpha of Eq. 9", 0)
+    dsm_weight: float = option(1.0, "beta of Eq. 9", 0)
+    reward_weight: float = option(0.3, "sigma of Eq. 9; 0: CTD; presets: as published", 0)
+    reward_input: str = option("plan", "Eq. 8 of: one-call plan, DSM's", choices=("plan", "dsm"))
+    trajectories: int = option(192, "teacher trajectories in a student step; 0: none", 0)
+    temperature: float = option(0.25, "scale of the acting noise; evaluate: as trained", 0)
     nfe: int = option(1, "network calls of the student per plan", 1, 80)
-    teacher_points: int = option(20, "n: points of Heun's method, 2 n - 3 calls", 3, 9999)
-    episodes: int = option(20, "number of evaluation episodes; distill: 0 for none", 0, 10**6)
-    first_seed: int = option(0, "episode i has the seed first_seed + i", 0, 2**31)
+    teacher_points: int = option(20, "n: points of Heun's method, 2 n - 3 calls", 3)
+    episodes: int = option(20, "number of evaluation episodes; distill: 0 for none", 0)
+    first_seed: int = option(0, "episode i has the seed first_seed + i", 0)
+
+    def __post_init__(self):
+        check_ranges(self)
+        size = NETWORKS[self.network]
+        multiple = size["patch"] * 2 ** (len(size["channels"]) - 1)
+        if self.horizon % multiple:
+            raise UserError(f"--horizon {self.horizon}: must be a multiple of {multiple}")
+        if self.reward_actions > self.horizon:
+            raise UserError(f"--reward-actions {self.reward_actions}: more than --horizon")
 
 
 # the fields that decide what each stage learns; its checkpoint records them
@@ -143,7 +155,6 @@ PRESETS = {"default": {}, "paper-losses": PAPER_LOSSES, "paper": PAPER}
 # ---- 2. Data: logged episodes -> windows of H actions, and returns-to-go -------------------------
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
-D4RL_EARLIER = ("828ab916", "3ebbc1b9", "3c599b8c")  # how the SHA-256 of its older files begin
 ASSETS = Path(__file__).parent / "assets"
 DOOR = "hand_dapg/door-v0_demos_clipped.hdf5"  # D4RL's own, also among ASSETS, CC BY 4.0
 BUNDLED = ASSETS / "hopper-medium-replay-sac.hdf5"  # where D4RL's cannot be downloaded
@@ -161,17 +172,12 @@ class Dataset:
     def __init__(self, name, source, columns):
         self.name = name
         self.source = source
+        columns = [np.asarray(x, np.float32) for x in columns]
         rows = columns[2].size
         for key, x in zip(self.KEYS, columns, strict=True):
             dims = 2 if key in ("observations", "actions") else 1
-            if x.dtype.kind not in "fiub" or x.ndim != dims or len(x) != rows or not rows:
-                want = f"not {rows or 'some'} rows of numbers, {dims}-D"
-                raise UserError(f"{name}: {key} has shape {x.shape} and type {x.dtype}, {want}")
-            good = np.abs(x) < 1e30  # float32 ends at 3e38; NaN is not less
-            if not good.all():
-                row = np.argwhere(~good)[0][0]
-                raise UserError(f"{name}: {key} is NaN, infinite or beyond 1e30 in row {row}")
-        columns = [x.astype(np.float32) for x in columns]
+            if x.ndim != dims or len(x) != rows or not np.isfinite(x).all():
+                raise UserError(f"{name}: {key}, shape {x.shape}: not {rows} finite rows, {dims}-D")
         self.observations, self.actions, self.rewards, terminals, timeouts = columns
         ends = np.flatnonzero(terminals + timeouts)
         if not len(ends):
@@ -184,11 +190,16 @@ class Dataset:
         """Name, counts, mean and best return and a fingerprint, as plain values."""
         returns = np.add.reduceat(self.rewards.astype(np.float64), self.begins)
         columns = (self.observations, self.actions, self.rewards, self.ends, self.terminated)
-        sha256 = hashlib.sha256(b"".join(x.tobytes() for x in columns)).hexdigest()
-        about = {"name": self.name, "source": self.source, "sha256": sha256}
-        about |= {"transitions": len(self.rewards), "episodes": len(self.ends)}
-        about |= {"return_mean": float(returns.mean()), "return_best": float(returns.max())}
-        return about | {"longest": int((self.ends - self.begins).max()) + 1}
+        return {
+            "name": self.name,
+            "source": self.source,
+            "sha256": hashlib.sha256(b"".join(x.tobytes() for x in columns)).hexdigest(),
+            "transitions": len(self.rewards),
+            "episodes": len(self.ends),
+            "return_mean": float(returns.mean()),
+            "return_best": float(returns.max()),
+            "longest": int((self.ends - self.begins).max()) + 1,
+        }
 
 
 def load_dataset(env, data=""):
@@ -197,15 +208,18 @@ def load_dataset(env, data=""):
         return read_minari(data.removeprefix("minari:"))
     if data:
         return read_hdf5(Path(data), "from --data")
-    folder = os.path.expanduser(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets")
+    if env not in ENVS:
+        raise UserError(f"--env {env} is none of {', '.join(ENVS)}: give --data FILE, too")
     where = DOOR if env == "door-human" else f"gym_mujoco_v2/{env.replace('-', '_')}-v2.hdf5"
     path = ASSETS / Path(where).name
     if not path.exists():
-        path = Path(folder) / path.name
+        folder = os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
+        path = Path(os.path.expanduser(folder)) / path.name
     if path.exists() or download(D4RL_URL + where, path):
-        version = hashlib.sha256(path.read_bytes()).hexdigest()[:8]  # its score is printed with it
-        which = "earlier version" if version in D4RL_EARLIER else f"version {version}"
-        return read_hdf5(path, f"D4RL, {which}")
+        version = hashlib.sha256(path.read_bytes()).hexdigest()[
+            :8
+        ]  # files there were replaced once
+        return read_hdf5(path, f"D4RL, version {version}")
     if env != "hopper-medium-replay" or not BUNDLED.exists():
         way_out = f"or make it by D4RL's recipe, python -m reproduce.collect --env {env}"
         raise UserError(f"no data for {env}: put the file there, give --data FILE, {way_out}")
@@ -216,14 +230,10 @@ def load_dataset(env, data=""):
 def download(url, path):
     """Fetch a file -> True, or False without a network; UserError if it cannot be had otherwise."""
     try:
-        with urllib.request.urlopen(url, timeout=20) as answer, replacing(path) as f:
-            length = int(answer.headers["Content-Length"] or 0)
-            print(f"downloading {url} to {path.parent}", flush=True)
-            while block := answer.read(2**24):
-                f.write(block)
-                print(f"{f.tell() / 1e6:.0f} of {length / 1e6:.0f} MB", flush=True)
-            if f.tell() < length:
-                raise OSError(f"cut off after {f.tell():,} of {length:,} bytes")
+        with urllib.request.urlopen(url, timeout=20) as answer:
+            size = int(answer.headers["Content-Length"] or 0) / 1e6
+            print(f"downloading {url} ({size:.0f} MB) to {path.parent}", flush=True)
+            write_file(path, answer.read())  # which raises if the answer is cut off
     except Exception as error:  # of the network, HTTP or the file system
         if type(error) is not urllib.error.URLError:  # no network, in all its forms
             raise UserError(f"{url} cannot be downloaded ({error}); give --data FILE") from None
@@ -238,7 +248,7 @@ def read_hdf5(path, source):
 
     try:
         with h5py.File(path) as f:
-            columns = [np.asarray(f[key][()]) for key in Dataset.KEYS]
+            columns = [np.asarray(f[key][()], np.float32) for key in Dataset.KEYS]
     except Exception as error:  # of h5py, numpy or the file system
         layout = f"an HDF5 file with the arrays {', '.join(Dataset.KEYS)}"
         raise UserError(f"{path} cannot be read as {layout} ({error})") from None
@@ -246,32 +256,32 @@ def read_hdf5(path, source):
 
 
 def read_minari(dataset_id):
-    """A Minari dataset, observations by `flat`, Box actions: local, or by Minari's download."""
+    """A Minari dataset with Box actions: local, or by Minari's download."""
     import minari
 
     rows = []
     try:
-        for e in minari.load_dataset(dataset_id, download=True).iterate_episodes():
+        stored = minari.load_dataset(dataset_id, download=True)
+        for e in stored.iterate_episodes():
             # there is one observation more than actions: the last one, on which nobody acted
             observations = flat(e.observations, len(e) + 1)[:-1]
-            truncations = np.array(e.truncations)
-            truncations[-1] = True  # also where it was cut off
-            rows.append((observations, e.actions, e.rewards, e.terminations, truncations))
-        columns = [np.concatenate([row[i] for row in rows]) for i in range(5)]
+            last = np.arange(len(e)) == len(e) - 1
+            rows.append((observations, e.actions, e.rewards, e.terminations, last))
+        columns = [np.concatenate(column) for column in zip(*rows, strict=True)]
     except Exception as error:  # whatever a network library raises, too
         hint = "Box spaces? network? pip install 'minari[hf,gcs]'?"
         raise UserError(f"minari:{dataset_id} cannot be read ({error!r}); {hint}") from error
-    return Dataset(dataset_id, "minari", columns)
+    made_in = stored.env_spec.id if stored.env_spec else "no environment that it names"
+    return Dataset(dataset_id, f"Minari, made in {made_in}", columns)
 
 
 def flat(observation, rows):
-    """An array, or a dict of them without `achieved_goal`, side by side: (rows, O)."""
+    """An array, or a dict or tuple of them side by side, a dict's by their names: (rows, O)."""
+    if isinstance(observation, dict):
+        observation = tuple(observation[key] for key in sorted(observation))
     if isinstance(observation, tuple):
-        raise TypeError("a tuple is no vector")
-    if not isinstance(observation, dict):
-        return np.reshape(observation, (rows, -1))
-    keys = sorted(observation.keys() - {"achieved_goal"})
-    return np.concatenate([flat(observation[key], rows) for key in keys], axis=1)
+        return np.concatenate([flat(x, rows) for x in observation], axis=1)
+    return np.reshape(observation, (rows, -1))
 
 
 def returns_to_go(rewards, begins, ends, terminated, gamma=0.99):
@@ -788,7 +798,7 @@ def trajectory_loss(student, state, x_t, t, end):
 # ---- 8. Training: each stage is a network and its loss -------------------------------------------
 
 FORMAT = 4  # of checkpoints
-SAVE_EVERY = 30.0  # seconds between checkpoints
+SAVE_EVERY = 10.0  # seconds between checkpoints: what a killed run loses at most
 WEIGHT_DECAY = {"reward": 1e-3, "teacher": 1e-6, "student": 1e-4}  # as released
 TARGET_DECAY = 0.99  # of the student's average, G_sg in Eqs. 5 and 6; released: 0, a copy
 
@@ -866,17 +876,13 @@ def student_stage(config, batches, teacher, reward=None):
 STAGES = {"reward": reward_stage, "teacher": teacher_stage, "student": student_stage}
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """A binary file that takes the place of `path` once it is written whole, or never."""
+def write_file(path, content):
+    """Bytes that take the place of the file `path` once they are written whole, or never."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # two may work in one folder
     try:
-        with open(partial, "wb") as f:
-            yield f
-        os.replace(partial, path)
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise UserError(f"{path} cannot be written ({error}); is the disk full?") from None
+        partial.write_bytes(content)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -885,16 +891,14 @@ def load_checkpoint(path, stage, device="cpu"):
     """A checkpoint of that stage, or UserError saying what is wrong with the file."""
     if not Path(path).is_file():
         raise UserError(f"no trained {stage} at {path}: train it first, or give another --out")
-    content = Path(path).read_bytes()
-    whole = False
-    with contextlib.suppress(Exception):  # of many kinds; torch.load checks no checksums
-        whole = zipfile.ZipFile(io.BytesIO(content)).testzip() is None
-    if not whole:
-        raise UserError(f"{path} is damaged; delete it and give the same command again")
     try:
-        checkpoint = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        content = io.BytesIO(Path(path).read_bytes())
+        if damaged := zipfile.ZipFile(content).testzip():  # torch.load checks no checksums
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
+        content.seek(0)
+        checkpoint = torch.load(content, map_location=device, weights_only=True)
         fits = checkpoint["format"] == FORMAT and checkpoint["stage"] == stage
-    except Exception as error:  # no checkpoint, or no such device, no memory
+    except Exception as error:  # damaged, no checkpoint, no such device, no memory, ...
         raise UserError(f"{path} cannot be loaded as a checkpoint ({error!r:.200})") from None
     if not fits:
         raise UserError(f"{path} is no {stage} of this version of the program; change --out")
@@ -912,33 +916,12 @@ def train_step(net, average, optimizer, loss_fn, decay):
     return {**info, "loss": loss.detach()}
 
 
-def mean_of(infos, stage, step):
-    """Means of the last steps' infos -> {name: float}, or UserError if one is not finite."""
-    means = {name: float(sum(info[name] for info in infos)) / len(infos) for name in infos[0]}
-    for name, mean in means.items():
-        if not math.isfinite(mean):
-            raise UserError(f"{stage}: {name} is {mean} at step {step:,}; lower the learning rate")
-    return means
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """A list that gets Ctrl-C and SIGTERM, which would otherwise end a step halfway."""
-    received = []
-    with contextlib.ExitStack() as stack:
-        if threading.current_thread() is threading.main_thread():  # handlers belong to it
-            for number in (signal.SIGINT, signal.SIGTERM):
-                handler = signal.signal(number, lambda n, _: received.append(n))
-                stack.callback(signal.signal, number, handler)
-        yield received
-
-
 def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_decay=None):
     """Train `net` for some steps and leave a checkpoint at `path`; resumes by itself.
 
     loss_fn(net, average) draws a batch -> (loss, {name: tensor}). average, the result: net's EMA
     with target_decay, or if None the teacher's released rule. meta: what else the checkpoint holds.
-    Ctrl-C and SIGTERM save; on the CPU resuming is exact, bit by bit.
+    It may be killed at any time; on the CPU resuming is exact, bit by bit.
     """
     device = next(net.parameters()).device
     average = copy.deepcopy(net).eval().requires_grad_(False)
@@ -961,42 +944,40 @@ def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_de
     twentieth = max(1, steps // 20)  # steps of the warm-up, and between two lines
     infos = []  # since the last line
     logged_at = saved_at = time.monotonic()
-    with stop_signals() as signals:
-        while step < steps:
-            # linear warm-up, then half a cosine; the released rule of the average
-            angle = math.pi * max(0, step - twentieth) / max(1, steps - twentieth)
-            cosine = 0.5 + 0.5 * math.cos(angle)
-            optimizer.param_groups[0]["lr"] = lr * min((step + 1) / twentieth, cosine)
-            decay = min(0.9999, 1 - (1 + step) ** -0.75) if target_decay is None else target_decay
-            infos.append(train_step(net, average, optimizer, loss_fn, decay))
-            step += 1
+    while step < steps:
+        # linear warm-up, then half a cosine; the released rule of the average
+        angle = math.pi * max(0, step - twentieth) / max(1, steps - twentieth)
+        cosine = 0.5 + 0.5 * math.cos(angle)
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / twentieth, cosine)
+        decay = min(0.9999, 1 - (1 + step) ** -0.75) if target_decay is None else target_decay
+        infos.append(train_step(net, average, optimizer, loss_fn, decay))
+        step += 1
+        now = time.monotonic()
+        tells = step == steps or not done["log"] or step % twentieth == 0
+        saves = step == steps or now - saved_at > SAVE_EVERY
 
-            # tell
-            now = time.monotonic()
-            if step == steps or not done["log"] or step % twentieth == 0:
-                means = mean_of(infos, stage, step)
-                speed = len(infos) / (now - logged_at)
-                eta = datetime.timedelta(seconds=round((steps - step) / speed))
-                numbers = "  ".join(f"{name} {mean:7.4f}" for name, mean in means.items())
-                line = f"{stage:8}{step:8,}/{steps:,}  {numbers}  {speed:6.1f} steps/s  ETA {eta}"
-                print(line, flush=True)
-                done["log"].append({"step": step, "steps": steps, **means, "steps_per_s": speed})
-                infos = []
-                logged_at = now
-
-            # save; what is not finite never replaces a good state
-            if step == steps or signals or now - saved_at > SAVE_EVERY:
-                if infos:
-                    mean_of(infos, stage, step)
-                done |= {"step": step, "seconds": done["seconds"] + now - saved_at}
-                done |= {name: part.state_dict() for name, part in parts.items()}
-                done |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-                with replacing(path) as f:
-                    torch.save(meta | done, f)
-                saved_at = time.monotonic()  # the next one may take long, too
-            if signals:
-                print(f"{stage}: stopped at step {step:,}, saved; the same command goes on")
-                raise KeyboardInterrupt(signals[0])
+        # what is not finite never replaces a good state
+        if tells or saves:
+            means = {x: float(sum(info[x] for info in infos)) / len(infos) for x in infos[0]}
+            if wrong := [name for name, mean in means.items() if not math.isfinite(mean)]:
+                raise UserError(f"{stage}: {wrong[0]} is not finite at step {step:,}; lower its lr")
+        if tells:
+            speed = len(infos) / (now - logged_at)
+            eta = datetime.timedelta(seconds=round((steps - step) / speed))
+            numbers = "  ".join(f"{name} {mean:7.4f}" for name, mean in means.items())
+            line = f"{stage:8}{step:8,}/{steps:,}  {numbers}  {speed:6.1f} steps/s  ETA {eta}"
+            print(line, flush=True)
+            done["log"].append({"step": step, "steps": steps, **means, "steps_per_s": speed})
+            infos = []
+            logged_at = now
+        if saves:
+            done |= {"step": step, "seconds": done["seconds"] + now - saved_at}
+            done |= {name: part.state_dict() for name, part in parts.items()}
+            done |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+            content = io.BytesIO()
+            torch.save(meta | done, content)
+            write_file(path, content.getbuffer())
+            saved_at = time.monotonic()  # the next one may take long, too
 
 
 # ---- 9. Acting and evaluation --------------------------------------------------------------------
@@ -1029,20 +1010,6 @@ class Policy(nn.Module):
         self.calls = nfe if self.student else 2 * teacher_points - 3
         self.to(device)
 
-    @torch.inference_mode()  # a sixth faster at batch 1 than no_grad
-    def act(self, observations, generators):
-        """`forward` in numpy, the noise of each row from its own numpy Generator."""
-        observations = torch.from_numpy(np.array(observations, np.float32)).to(self.box.device)
-        sizes = (len(generators), self.obs_table.shape[1])
-        if observations.shape != sizes:
-            raise UserError(f"observations have shape {tuple(observations.shape)}, not {sizes}")
-
-        def noise(x):
-            rows = [generator.standard_normal(self.shape, np.float32) for generator in generators]
-            return torch.from_numpy(np.stack(rows)).to(x.device)
-
-        return self(observations, noise).cpu().numpy()
-
     def embed_levels(self, *_):
         """Embed all levels t, for a student with k = 0: once, and again with other weights."""
         levels = [self.sigmas, SIGMA_MIN] if self.student else [self.sigmas]
@@ -1065,47 +1032,42 @@ class Policy(nn.Module):
             x = heun_sample(denoiser, x_T, self.sigmas)
         return decode(x.clamp(-1, 1), self.action_table).clamp(*self.box)
 
+    @torch.inference_mode()  # a sixth faster at batch 1 than no_grad
+    def act(self, observations, generators):
+        """`forward` in numpy, the noise of each row from its own numpy Generator."""
+        observations = torch.from_numpy(np.array(observations, np.float32)).to(self.box.device)
+        sizes = (len(generators), self.obs_table.shape[1])
+        if observations.shape != sizes:
+            raise UserError(f"observations have shape {tuple(observations.shape)}, not {sizes}")
+
+        def noise(x):
+            rows = [generator.standard_normal(self.shape, np.float32) for generator in generators]
+            return torch.from_numpy(np.stack(rows)).to(x.device)
+
+        return self(observations, noise).cpu().numpy()
+
 
 def simulator(env, data):
-    """A callable that makes the simulator of `env`; for a Minari set that which the set names.
-
-    data: a `Dataset.summary`. UserError if it cannot be made, or its spaces are no vectors.
-    """
+    """A callable that makes the simulator of `env`, or UserError; data: a `Dataset.summary`."""
     import gymnasium
-    from gymnasium.spaces import Box, Dict
 
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # no advice to leave the -v4 tasks
     gym_id = ENVS.get(env, (env,))[0]
-    how = {}
     try:
-        if data["source"].startswith("minari") and env == data["name"]:  # --env is not given
-            import minari
-
-            stored = minari.load_dataset(env)
-            # a set may come from anywhere: its name is used, its entry point is not called
-            if spec := stored._eval_env_spec or stored.env_spec:  # the first has no public name
-                gym_id = spec.id
-                how = {**spec.kwargs, "max_episode_steps": spec.max_episode_steps}
-                if names := [wrapper.name for wrapper in spec.additional_wrappers]:
-                    print(f"{env}: acts without the set's wrappers {', '.join(names)}")
-        one = gymnasium.make(gym_id, **how)
+        one = gymnasium.make(gym_id)
         one.close()
     except Exception as error:  # of whatever package the environment is from
         hint = "of another package: --env PACKAGE:ID"
         raise UserError(f"the environment {env} cannot be made ({error}); {hint}") from None
-
-    def vector(space):
-        return all(map(vector, space.values())) if isinstance(space, Dict) else type(space) is Box
-
-    if type(one.action_space) is not Box or not vector(one.observation_space):
-        spaces = f"observations {one.observation_space}, actions {one.action_space}"
-        raise UserError(f"{env}: {spaces} are not both vectors of numbers (Box)")
+    if not isinstance(one.action_space, gymnasium.spaces.Box):
+        raise UserError(f"{env}: actions {one.action_space} are no vectors of numbers (Box)")
+    limit = {}
     if not one.spec.max_episode_steps:
-        how["max_episode_steps"] = max(1000, data["longest"])
-        print(f"{env} has no time limit: an episode ends after {how['max_episode_steps']:,} steps")
+        limit["max_episode_steps"] = max(1000, data["longest"])
+        print(f"{env} has no time limit: an episode ends after {max(limit.values()):,} steps")
 
     def make(**options):
-        made = gymnasium.make(gym_id, **how, **options)
+        made = gymnasium.make(gym_id, **limit, **options)
         return gymnasium.wrappers.TransformObservation(made, lambda x: flat(x, 1)[0], None)
 
     return make
@@ -1140,13 +1102,8 @@ def evaluate(act, make_env, episodes=20, first_seed=0):
     return {"returns": returns, "lengths": lengths}
 
 
-def normalized_score(env, value, data=None):
-    """Minari's or D4RL's score of a return or an array: 0 random, 100 expert; NaN: no reference."""
-    if data and data["source"].startswith("minari") and env == data["name"]:
-        import minari
-
-        with contextlib.suppress(ValueError):
-            return 100 * minari.get_normalized_score(minari.load_dataset(env), value)
+def normalized_score(env, value):
+    """D4RL's score of a return or an array of them: 0 random, 100 expert; NaN for other tasks."""
     _, random, expert, _ = ENVS.get(env, (env, math.nan, math.nan, None))
     return 100 * (value - random) / (expert - random)
 
@@ -1168,31 +1125,39 @@ def evaluate_and_report(checkpoint, config, out, device="cpu"):
     n = config.episodes
     first = config.first_seed
     policy = Policy(checkpoint, config.nfe, config.teacher_points, config.temperature, device)
-    method = method_name(checkpoint)
     print(f"evaluation: {n} episodes, {policy.calls} network call(s) per plan", flush=True)
     result = evaluate(policy.act, simulator(env, data), n, first)
 
     returns = np.array(result["returns"])
-    scores = normalized_score(env, returns, data)
+    scores = normalized_score(env, returns)
     error = scores.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    label = f"{method_name(checkpoint)}, {policy.calls} call(s)"
     print(f"\n{env} on {data['name']} ({data['source']})")
     print(f"{f'{n} episodes from seed {first}':<32}   return    score  std. err.")
     rows = {"data, best episode": data["return_best"], "data, mean episode": data["return_mean"]}
-    for label, value in rows.items():
-        print(f"{label:<32}{value:9.5g}{normalized_score(env, value, data):9.1f}")
-    label = f"{method}, {policy.calls} call(s)"
+    for text, value in rows.items():
+        print(f"{text:<32}{value:9.5g}{normalized_score(env, value):9.1f}")
     print(f"{label:<32}{returns.mean():9.5g}{scores.mean():9.1f}{error:11.1f}")
 
-    metrics = {"env": env, "dataset": data, "method": method, "weights": weights_id(checkpoint)}
-    metrics |= {"calls": policy.calls, "temperature": policy.temperature}
-    metrics |= {"episodes": n, "first_seed": first}
-    means = {"return_mean": returns.mean(), "score_mean": scores.mean(), "score_sem": error}
-    metrics |= {name: float(x) if math.isfinite(x) else None for name, x in means.items()} | result
-    who = f"{method.replace(', ', '-').replace(' ', '-')}_{metrics['weights']}"
+    scored = np.isfinite(scores).all()
+    metrics = {
+        "env": env,
+        "dataset": data,
+        "method": method_name(checkpoint),
+        "weights": weights_id(checkpoint),
+        "calls": policy.calls,
+        "temperature": policy.temperature,
+        "episodes": n,
+        "first_seed": first,
+        "return_mean": float(returns.mean()),
+        "score_mean": float(scores.mean()) if scored else None,
+        "score_sem": float(error) if scored and n > 1 else None,
+        **result,
+    }
+    who = f"{metrics['method'].replace(', ', '-').replace(' ', '-')}_{metrics['weights']}"
     how = f"calls{policy.calls}_T{policy.temperature}_seeds{first}-{first + n - 1}"
     path = out / f"score_{who}_{how}.json"
-    with replacing(path) as f:
-        f.write(json.dumps(metrics, indent=2).encode())
+    write_file(path, json.dumps(metrics, indent=2).encode())
     print(f"All numbers: {path}")
     return metrics
 
@@ -1210,30 +1175,33 @@ def load_data(run, needs_simulator=True, kind=Batches):
     """The data of a run -> (batches of a kind, meta: what checkpoints record), or UserError."""
     dataset = load_dataset(run.env, run.data)
     dims = [dataset.observations.shape[1], dataset.actions.shape[1]]
-    meta = {"env": run.env, "dataset": dataset.summary(), "dims": dims}
+    about = dataset.summary()
     text = "data: {name} ({source}): {transitions:,} transitions, {episodes:,} episodes,\n"
     text += "      return: mean {return_mean:.5g}, best {return_best:.5g}"
-    print(text.format(**meta["dataset"]))
+    print(text.format(**about))
+
+    # its simulator: what that would clip is clipped before it is learnt
     try:
-        env = simulator(run.env, meta["dataset"])()
-        sizes = [env.reset(seed=0)[0].size, math.prod(env.action_space.shape)]
+        env = simulator(run.env, about)()
         box = np.float32([env.action_space.low, env.action_space.high]).reshape(2, -1)
+        sizes = [env.reset(seed=0)[0].size, box.shape[1]]
     except (UserError, ImportError) as error:
         if needs_simulator:
             raise
         print(f"      no simulator: {error}")
-        sizes = dims
         box = np.stack([dataset.actions.min(0), dataset.actions.max(0)])
+        sizes = dims
     if dims != sizes:
         raise UserError(f"{dataset.name} has {dims} observations and actions, {run.env} {sizes}")
-    clipped = np.clip(dataset.actions, *box)  # as they were on their way into the simulator
+    clipped = np.clip(dataset.actions, *box)
     outside = (clipped != dataset.actions).any(1).mean()
     if outside:
         print(f"      {outside:.2%} of the actions leave the simulator's box: clipped")
         dataset.actions = clipped
-        meta["dataset"] = dataset.summary()
+
     batches = kind(dataset, run.config.horizon, run.config.gamma, run.device)
     print(f"      {len(batches.obs):,} windows of {batches.horizon} actions", flush=True)
+    meta = {"env": run.env, "dataset": dataset.summary(), "dims": dims}
     return batches, meta | {"normalizer": batches.normalizer, "box": torch.tensor(box)}
 
 
@@ -1242,12 +1210,6 @@ def check_compatible(path, saved, asked):
     if wrong := [name for name in asked if saved.get(name) != asked[name]]:
         lines = [f"  {name}: {saved.get(name)} in the file, {asked[name]} asked" for name in wrong]
         raise UserError("\n".join([f"{path} was made otherwise, give another --out:", *lines]))
-
-
-def make_folder(out):
-    """A folder that can be written to: OSError now, not after the training."""
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()
 
 
 def load_or_train(run, stage, fields, meta, built_on, make, **how):
@@ -1301,8 +1263,9 @@ def train_stage(run, stage, batches, meta, models):
 def train(run):
     """Train what is missing of the stages of a command; distill scores its student, too."""
     evaluates = run.command == "distill" and run.config.episodes > 0
-    make_folder(run.out)
     batches, meta = load_data(run, needs_simulator=evaluates)
+    run.out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=run.out).close()  # an error now, not after the training
     models = {}
     for stage in stages_of(run.command, run.config):
         models[stage] = train_stage(run, stage, batches, meta, models)
@@ -1312,11 +1275,11 @@ def train(run):
 
 def act_again(run):
     """Score the student or teacher that lies in the run's folder."""
+    if run.config.episodes < 1:
+        raise UserError("--episodes must be at least 1 to evaluate")
     path = run.out / f"{run.model}.pt"
     saved = load_checkpoint(path, run.model, run.device)
-    if run.env:
-        check_compatible(path, saved, {"env": run.env})
-    make_folder(run.out)
+    check_compatible(path, saved, {"env": run.env})
     if saved["step"] < saved["steps"]:
         print(f"{path} is half trained: {saved['step']:,} of {saved['steps']:,} steps")
     run.config.temperature = run.temperature  # None, if not given: as it was trained
@@ -1325,24 +1288,19 @@ def act_again(run):
 
 # ---- 11. Command line ----------------------------------------------------------------------------
 
-REWARD = f"env data out device preset {STAGE_FIELDS['reward']}"
-TEACHER = f"{REWARD} {STAGE_FIELDS['teacher']}"
-DISTILL = f"{TEACHER} {STAGE_FIELDS['student']} nfe episodes first_seed"
-EVALUATE = "env out device model nfe teacher_points temperature episodes first_seed"
-COMMANDS = {  # what each does, and its flags
-    "data": ("fetch the dataset and print what is in it", "env data"),
-    "reward": ("train the reward model R, a return-to-go", REWARD),
-    "teacher": ("train the EDM teacher, Eq. 4, and first the R that weights its windows", TEACHER),
-    "distill": ("train R and teacher if missing, then the student, Eq. 9; score it", DISTILL),
-    "evaluate": ("score a saved student or teacher", EVALUATE),
+COMMANDS = {
+    "data": "fetch the dataset and print what is in it",
+    "reward": "train the reward model R, a return-to-go",
+    "teacher": "train the EDM teacher, Eq. 4, and first the R that weights its windows",
+    "distill": "train R and teacher if missing, then the student, Eq. 9; score it",
+    "evaluate": "score a saved student or teacher",
 }
-FLAGS = {  # those that are no fields of Config
-    "env": {"help": f"one of {', '.join(ENVS)}; for other data any gymnasium id"},
-    "data": {"help": "FILE.hdf5 in D4RL's layout, or minari:ID (default: D4RL's file of --env)"},
-    "out": {"help": "folder for all that is written (default: runs/<env>)"},
-    "device": {"help": "cpu, cuda, cuda:1, ... (default: cpu)"},
-    "preset": {"help": "paper-losses: Eqs. 4 to 9; paper: its sizes, too", "choices": PRESETS},
-    "model": {"help": "who acts (default: student)", "choices": ("student", "teacher")},
+ACTING = ("nfe", "teacher_points", "temperature", "episodes", "first_seed")  # of evaluate
+RUN_FLAGS = {
+    "--env": {"required": True, "help": f"one of {', '.join(ENVS)}; else any gymnasium id"},
+    "--data": {"default": "", "help": "FILE.hdf5, minari:ID (default: D4RL's file of --env)"},
+    "--out": {"help": "folder for all that is written (default: runs/<env>)"},
+    "--device": {"default": "cpu", "help": "cpu, cuda, cuda:1, ... (default: cpu)"},
 }
 
 
@@ -1351,46 +1309,33 @@ def build_parser():
     summary = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser(prog="ractd.py", description=summary, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command, (text, flags) in COMMANDS.items():
+    for command, text in COMMANDS.items():
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
-        sub.set_defaults(data="", device="cpu", preset="default", model="student", out=None)
-        for name, how in FLAGS.items():
-            if name in flags.split():
-                sub.add_argument(f"--{name}", **how)
+        for flag, how in RUN_FLAGS.items():
+            sub.add_argument(flag, **how)
+        if command == "evaluate":
+            who = ("student", "teacher")
+            sub.add_argument("--model", choices=who, default="student", help="who acts")
+        else:
+            text = "paper-losses: Eqs. 4 to 9; paper: its sizes, too"
+            sub.add_argument("--preset", choices=PRESETS, default="default", help=text)
         for field in dataclasses.fields(Config):
-            if field.name in flags.split():
-                add_flag(sub, field, PAPER if "preset" in flags.split() else {})
+            if command != "evaluate" or field.name in ACTING:
+                add_flag(sub, field)
     return parser
 
 
-def add_flag(parser, field, paper=()):
-    """The flag of a field of Config; its help tells the default, and the paper's value if given."""
+def add_flag(parser, field):
+    """The flag of a field of Config; its help tells the default."""
     how = {"type": field.type, "choices": field.metadata["choices"]}
     if field.type is bool:
         how = {"action": argparse.BooleanOptionalAction}
-    default = f"default: {field.default}"
-    if field.name in paper:
-        default += f"; --preset paper: {paper[field.name]}"
-    text = f"{field.metadata['help']} ({default})"
+    text = f"{field.metadata['help']} (default: {field.default})"
     parser.add_argument("--" + field.name.replace("_", "-"), help=text, **how)
 
 
-def check_range(field, value):
-    """Raise UserError if a field of Config does not allow this value."""
-    low, high = field.metadata["range"]
-    if low is not None and not low <= value <= high:
-        raise UserError(f"--{field.name.replace('_', '-')} {value}: must be in {low} to {high}")
-
-
 def prepare(run):
-    """Complete the parsed command line: env, out, device, config; UserError says what is wrong."""
-    evaluates = run.command == "evaluate"
-    if run.data and not run.env:
-        minari = run.data.startswith("minari:")
-        run.env = run.data.removeprefix("minari:") if minari else Path(run.data).stem
-    if not (run.data or run.env in ENVS or evaluates and (run.env or run.out)):
-        other = "or --out" if evaluates else "with --data any"
-        raise UserError(f"give --env, one of {', '.join(ENVS)}; {other}")
+    """Complete the parsed command line: out, device, config; UserError says what is wrong."""
     run.out = Path(run.out or "runs/" + run.env.replace("/", "-"))
     try:
         run.device = torch.device(run.device)
@@ -1399,27 +1344,14 @@ def prepare(run):
         raise UserError(f"--device {run.device}: {str(error).splitlines()[0]}; try cpu") from None
 
     # flags, else the preset, else the default
-    values = dict(PRESETS[run.preset])
+    values = dict(PRESETS[getattr(run, "preset", "default")])
     if values:
         values["reward_weight"] = ENVS[run.env][3] if run.env in ENVS else 1.0
     for field in dataclasses.fields(Config):
         value = getattr(run, field.name, None)
         if value is not None:  # given, and a flag of this command
-            check_range(field, value)
             values[field.name] = value
     run.config = Config(**values)
-
-    # what does not fit together
-    if hasattr(run, "horizon"):
-        size = NETWORKS[run.config.network]
-        multiple = size["patch"] * 2 ** (len(size["channels"]) - 1)
-        if run.config.horizon % multiple:
-            way_out = f"must be a multiple of {multiple} with --network {run.config.network}"
-            raise UserError(f"--horizon {run.config.horizon}: {way_out}")
-        if run.config.reward_actions > run.config.horizon:
-            raise UserError(f"--reward-actions: must be at most --horizon, {run.config.horizon}")
-    if evaluates and run.config.episodes < 1:
-        raise UserError("--episodes must be at least 1 to evaluate")
 
 
 def main(argv=None):
@@ -1436,8 +1368,9 @@ def main(argv=None):
     except (UserError, OSError, ImportError) as error:
         print(f"ractd.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 

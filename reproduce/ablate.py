@@ -105,7 +105,7 @@ def ablate(run):
         print(f"\n== {run.what}, row {i + 1} of {len(todo)}: {row.label}", flush=True)
         model = experiment.model(row.actor, row.changes)
         metrics = experiment.score(model, row.changes)
-        mean, error, unit = points(run.env, metrics["returns"], data)
+        mean, error, unit = points(run.env, metrics["returns"])
         result = {"calls": metrics["calls"], "score": mean, "sem": error, "unit": unit}
         rows.append(dataclasses.asdict(row) | result | {"returns": metrics["returns"]})
 
@@ -121,7 +121,7 @@ def ablate(run):
     cells = [[row[key] for key in ("label", "calls", "score", "sem", "paper")] for row in rows]
     print_table(["", "calls", unit, "std. err.", PAPER], cells)
     print(f"All numbers: {path}")
-    data_mean, _, _ = points(run.env, [data["return_mean"]], data)
+    data_mean, _, _ = points(run.env, [data["return_mean"]])
     draw(rows, title, unit, data_mean, path.with_suffix(".png"))
 
 

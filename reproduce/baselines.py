@@ -97,7 +97,7 @@ def baseline(run):
         return algorithm.predict(observations.astype(np.float32))[:, None]  # plans of one action
 
     result = ractd.evaluate(act, make_env, settings.episodes, settings.first_seed)
-    mean, error, unit = points(run.env, result["returns"], meta)
+    mean, error, unit = points(run.env, result["returns"])
     about = {"env": run.env, "dataset": meta, **dataclasses.asdict(settings)}
     about |= {"train_s": seconds, "threads": torch.get_num_threads()}
     about |= {"score_mean": mean, "score_sem": error, "unit": unit}

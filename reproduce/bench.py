@@ -289,7 +289,7 @@ def bench(run):
         for name, (stage, changes) in SAMPLERS.items():
             print(f"score of {name}", flush=True)
             returns = experiment.score(models[stage], changes)["returns"]
-            score[name] = points(run.env, returns, data)
+            score[name] = points(run.env, returns)
 
     print(f"{config.episodes} episodes, timed", flush=True)
     seconds = evaluation_times(acts["student_1"], ractd.simulator(run.env, data), config)

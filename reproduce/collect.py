@@ -31,7 +31,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 
-from ractd import KINDS, TASKS, UserError, read_hdf5, replacing
+from ractd import KINDS, TASKS, UserError, read_hdf5, write_file
 from reproduce.common import make_parser, progress, run_command
 from reproduce.maze import pointmaze
 
@@ -183,12 +183,11 @@ def write_hdf5(path, arrays):
     """A file in D4RL's layout, each array under its name; half a file never exists."""
     import h5py
 
-    buffer = io.BytesIO()  # HDF5 reads while it writes, which the file of `replacing` cannot
+    buffer = io.BytesIO()
     with h5py.File(buffer, "w") as f:
         for key, array in arrays.items():
             f.create_dataset(key, data=array, compression="gzip")
-    with replacing(path) as f:
-        f.write(buffer.getbuffer())
+    write_file(path, buffer.getbuffer())
 
 
 def run_maze(args):

@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import json
 import platform
-import signal
 import sys
 import time
 from pathlib import Path
@@ -54,7 +53,7 @@ def parse_run(parser, argv):
     ractd.prepare(run)
     if run.config.episodes < 1:
         raise ractd.UserError("--episodes must be at least 1")
-    ractd.make_folder(run.out)
+    run.out.mkdir(parents=True, exist_ok=True)
     return run
 
 
@@ -66,17 +65,14 @@ def parse_own(parser, config_class, argv, tasks=None, folder=""):
     its default there}}; folder: what is added to the default folder, runs/<env>. What `parser` has
     a default for already, --data for example, becomes no flag here.
     """
-    for name in ("env", "data", "out", "device"):
-        if parser.get_default(name) is None:
-            text = ractd.FLAGS[name]["help"].replace("<env>", f"<env>{folder}")
-            parser.add_argument(f"--{name}", help=text)
-    parser.set_defaults(command="distill", preset="default")  # as `ractd.prepare` wants them
+    for flag, how in ractd.RUN_FLAGS.items():
+        if parser.get_default(flag.removeprefix("--")) is None:
+            text = how["help"].replace("<env>", f"<env>{folder}")
+            parser.add_argument(flag, **how | {"help": text})
     fields = dataclasses.fields(config_class)
     for field in fields:
         ractd.add_flag(parser, field)
     run = parser.parse_args(argv)
-    run.data = run.data or ""
-    run.device = run.device or "cpu"
     default_folder = run.out is None
 
     # taken out of the run, where `ractd.prepare` would take them for Config's
@@ -91,10 +87,10 @@ def parse_own(parser, config_class, argv, tasks=None, folder=""):
     for field in fields:
         value = given[field.name]
         if value is not None:
-            ractd.check_range(field, value)
             values[field.name] = value
     run.config = config_class(**values)
-    ractd.make_folder(run.out)
+    ractd.check_ranges(run.config)
+    run.out.mkdir(parents=True, exist_ok=True)
     return run
 
 
@@ -105,8 +101,9 @@ def run_command(program, command):
     except (ractd.UserError, OSError, ImportError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:
-        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -206,12 +203,9 @@ def mean_and_error(scores):
     return float(scores.mean()), float(error)
 
 
-def points(env, returns, data=None):
-    """Returns of episodes -> (mean, standard error, unit): scores, or returns where there is none.
-
-    data: what a checkpoint says of the data, for Minari's own scores.
-    """
-    results = ractd.normalized_score(env, np.array(returns), data)
+def points(env, returns):
+    """Returns of episodes -> (mean, standard error, unit): scores, or returns where there is none."""
+    results = ractd.normalized_score(env, np.array(returns))
     unit = "normalised score"
     if not np.isfinite(results).all():
         results = np.array(returns)
@@ -237,7 +231,7 @@ def kept_score(name, about, run, act, data):
     print(f"evaluation: {episodes} episodes, {path}", flush=True)
     began = time.perf_counter()
     result = ractd.evaluate(act, ractd.simulator(run.env, data), episodes, first)
-    mean, error, unit = points(run.env, result["returns"], data)
+    mean, error, unit = points(run.env, result["returns"])
     result["return_mean"] = float(np.mean(result["returns"]))
     result |= {"score_mean": mean, "score_sem": error, "unit": unit}
     result["evaluation_s"] = time.perf_counter() - began
@@ -258,8 +252,7 @@ def read_json(path):
 
 def write_json(path, value):
     """Numbers as JSON, whole or not at all."""
-    with ractd.replacing(path) as f:
-        f.write(json.dumps(value, indent=2).encode())
+    ractd.write_file(path, json.dumps(value, indent=2).encode())
 
 
 # ---- Time ----------------------------------------------------------------------------------------

@@ -156,8 +156,7 @@ def check_onnx(session, deployed):
 def export(run):
     """Write both files of the run's student."""
     saved = ractd.load_checkpoint(run.out / "student.pt", "student")
-    if run.env:
-        ractd.check_compatible(run.out / "student.pt", saved, {"env": run.env})
+    ractd.check_compatible(run.out / "student.pt", saved, {"env": run.env})
     if saved["step"] < saved["steps"]:
         print(f"the student is half trained: {saved['step']:,} of {saved['steps']:,} steps")
     policy = ractd.Policy(saved, run.config.nfe)
@@ -182,19 +181,17 @@ def export(run):
 
 def write(path, content):
     """A file of these bytes, whole or not at all."""
-    with ractd.replacing(path) as f:
-        f.write(content)
+    ractd.write_file(path, content)
     print(f"{path}: {len(content) / 1e6:.1f} MB")
 
 
 def main(argv=None):
     """The command line -> exit code, see `run_command`."""
     parser = make_parser("export", __doc__)
-    parser.add_argument("--env", help="the run's; its folder is runs/<env>")
-    parser.add_argument("--out", help="the run's folder, in place of --env")
+    parser.add_argument("--env", required=True, help="the run's")
+    parser.add_argument("--out", help="the run's folder (default: runs/<env>)")
     parser.add_argument("--nfe", type=int, help="network calls per plan (default: 1)")
-    # what else `ractd.prepare` wants to know
-    parser.set_defaults(command="evaluate", data="", device="cpu", preset="default")
+    parser.set_defaults(device="cpu")  # where it is written
     run = parser.parse_args(argv)
 
     def command():

@@ -135,8 +135,7 @@ def draw_video(run):
         for i, (text, _) in enumerate(columns):
             draw.text((4 + i * shown[0].shape[1], 2), text, "white")
         frames.append(frame.quantize(64, dither=Image.Dither.NONE))
-    with ractd.replacing(path) as f:
-        f.write(small_gif(frames, ms))
+    ractd.write_file(path, small_gif(frames, ms))
     print(f"video: {path}")
 
 

@@ -72,7 +72,7 @@ def seeds(run):
     found, data = measure(run)
     rows = []
     for label, metrics in found.items():
-        results = [points(run.env, one["returns"], data) for one in metrics]
+        results = [points(run.env, one["returns"]) for one in metrics]
         means = [mean for mean, _, _ in results]
         row = {"label": label, "calls": metrics[0]["calls"]}
         row["scores"] = [(mean, error) for mean, error, _ in results]
@@ -95,7 +95,7 @@ def seeds(run):
         table.append([row["label"], row["calls"], row["mean"], row["worst"], *each])
     print_table(header, table)
     print(f"All numbers: {path}")
-    data_mean, _, _ = points(run.env, [data["return_mean"]], data)
+    data_mean, _, _ = points(run.env, [data["return_mean"]])
     draw(rows, title, f"{unit}; bar: mean, dots: training seeds", data_mean, path)
 
 

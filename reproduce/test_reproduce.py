@@ -149,7 +149,9 @@ def test_a_program_with_settings_of_its_own_has_no_others(tmp_path):
     assert run.out == Path("runs/hopper-medium-x") and run.out.is_dir()
     assert (run.env, run.data, run.device.type) == ("hopper-medium", "", "cpu")
     tasks = {"hopper": {"horizon": 7, "scale": 0.25}, "ant": {"horizon": 8}}
-    run = parse("--data=a/Hopper.hdf5", "--scale=1", f"--out={tmp_path / 'y'}", tasks=tasks)
+    run = parse(
+        "--env=Hopper", "--data=a.hdf5", "--scale=1", f"--out={tmp_path / 'y'}", tasks=tasks
+    )
     assert run.config == Own(7, 1.0) and run.env == "Hopper" and run.out == tmp_path / "y"
     with pytest.raises(ractd.UserError, match="--scale 2.0: must be in 0 to 1"):
         parse("--env=hopper-medium", "--scale=2")
@@ -341,7 +343,7 @@ def test_exported_files_act_as_the_policy_does(run, capsys, monkeypatch):
     import onnxruntime
 
     out, _ = run
-    assert export.main([f"--out={out}", "--nfe=2"]) == 0
+    assert export.main([f"--env={ENV}", f"--out={out}", "--nfe=2"]) == 0
     assert "noise (B, 16, 3) -> plan (B, 8, 3), 2 network call(s)" in capsys.readouterr().out
     saved = ractd.load_checkpoint(out / "student.pt", "student")
     policy = ractd.Policy(saved, nfe=2)
@@ -362,10 +364,12 @@ def test_exported_files_act_as_the_policy_does(run, capsys, monkeypatch):
         patch.setattr(export, "to_onnx", lambda _: b"")
         patch.setattr(export, "onnx_session", lambda _: None)
         patch.setattr(export, "call_onnx", lambda _, observation, noise: noise[:, :8] + 1)
-        refused(capsys, export.main([f"--out={out}"]), "differ from the policy's by")
+        refused(
+            capsys, export.main([f"--env={ENV}", f"--out={out}"]), "differ from the policy's by"
+        )
         patch.undo()
         patch.setitem(sys.modules, "onnxscript", None)
-        refused(capsys, export.main([f"--out={out}"]), "onnxscript", "pip install")
+        refused(capsys, export.main([f"--env={ENV}", f"--out={out}"]), "onnxscript", "pip install")
     assert not (out / "policy.onnx").exists() and (out / "policy.pt2").exists()
     refused(capsys, export.main(["--env=hopper-medium"]), "no trained student")
     refused(capsys, export.main([f"--out={out}", "--env=hopper-medium"]), "made otherwise")
@@ -440,7 +444,7 @@ def test_an_ablation_of_acting_trains_nothing(run, monkeypatch):
 
 def test_without_reference_scores_an_ablation_shows_returns(run, monkeypatch):
     out, flags = run
-    monkeypatch.setattr(ractd, "normalized_score", lambda env, value, data: value * math.nan)
+    monkeypatch.setattr(ractd, "normalized_score", lambda env, value: value * math.nan)
     assert ablate.main([*flags, "--what=nfe"]) == 0
     rows = read(out / "ablate_nfe.json")["rows"]
     assert {row["unit"] for row in rows} == {"return"}
