@@ -33,7 +33,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 import urllib.request
 import zipfile
@@ -80,14 +79,17 @@ def option(default, help, low=None, high=10**9, choices=None):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def check_ranges(config):
-    """Raise UserError if a field of such options is out of its range."""
+def check_options(config):
+    """Raise UserError if one of these options is none of its choices or out of its range."""
     for field in dataclasses.fields(config):
         low, high = field.metadata["range"]
+        choices = field.metadata["choices"]
         value = getattr(config, field.name)
+        flag = "--" + field.name.replace("_", "-")
+        if choices and value not in choices:
+            raise UserError(f"{flag} {value}: must be one of {', '.join(choices)}")
         if low is not None and not low <= value <= high:
-            flag = field.name.replace("_", "-")
-            raise UserError(f"--{flag} {value}: must be in {low} to {high}")
+            raise UserError(f"{flag} {value}: must be in {low} to {high}")
 
 
 @dataclasses.dataclass
@@ -96,8 +98,12 @@ class Config:
 
     seed: int = option(0, "seed of all training", 0)
     horizon: int = option(16, "H, c in the paper: the number of actions in a plan", 1, 1024)
-    network: str = option("small", "size of the U-Net", choices=tuple(NETWORKS))
-    denoising: str = option("mean", "form of Eqs. 4, 7, see dsm_loss", choices=("mean", "paper"))
+    network: str = option("small", "size of the U-Net", choices=NETWORKS)
+    denoising: str = option(
+        "mean",
+        "mean: squared errors, Eq. 7 on g(x_t, t, t); paper: pseudo-Huber, on G(x_t, t, 0)",
+        choices=("mean", "paper"),
+    )
     teacher_steps: int = option(8000, "gradient steps of the teacher", 1)
     teacher_batch: int = option(128, "plans in a teacher step", 1)
     teacher_lr: float = option(1e-3, "peak learning rate of the teacher", 1e-9, 1)
@@ -115,7 +121,11 @@ class Config:
     ctm_weight: float = option(1.0, "alpha of Eq. 9", 0)
     dsm_weight: float = option(1.0, "beta of Eq. 9", 0)
     reward_weight: float = option(0.3, "sigma of Eq. 9; 0: CTD; presets: as published", 0)
-    reward_input: str = option("plan", "Eq. 8 of: one-call plan, DSM's", choices=("plan", "dsm"))
+    reward_input: str = option(
+        "plan",
+        "what R sees in Eq. 8: the one-call plan, or DSM's prediction at every noise level",
+        choices=("plan", "dsm"),
+    )
     trajectories: int = option(192, "teacher trajectories in a student step; 0: none", 0)
     temperature: float = option(0.25, "scale of the acting noise; evaluate: as trained", 0)
     nfe: int = option(1, "network calls of the student per plan", 1, 80)
@@ -124,7 +134,7 @@ class Config:
     first_seed: int = option(0, "episode i has the seed first_seed + i", 0)
 
     def __post_init__(self):
-        check_ranges(self)
+        check_options(self)
         size = NETWORKS[self.network]
         multiple = size["patch"] * 2 ** (len(size["channels"]) - 1)
         if self.horizon % multiple:
@@ -179,6 +189,7 @@ class Dataset:
             if x.ndim != dims or len(x) != rows or not np.isfinite(x).all():
                 raise UserError(f"{name}: {key}, shape {x.shape}: not {rows} finite rows, {dims}-D")
         self.observations, self.actions, self.rewards, terminals, timeouts = columns
+        self.dims = [self.observations.shape[1], self.actions.shape[1]]
         ends = np.flatnonzero(terminals + timeouts)
         if not len(ends):
             raise UserError(f"{name}: no episode ends; terminals and timeouts are all false")
@@ -198,7 +209,6 @@ class Dataset:
             "episodes": len(self.ends),
             "return_mean": float(returns.mean()),
             "return_best": float(returns.max()),
-            "longest": int((self.ends - self.begins).max()) + 1,
         }
 
 
@@ -216,28 +226,27 @@ def load_dataset(env, data=""):
         folder = os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
         path = Path(os.path.expanduser(folder)) / path.name
     if path.exists() or download(D4RL_URL + where, path):
-        version = hashlib.sha256(path.read_bytes()).hexdigest()[
-            :8
-        ]  # files there were replaced once
-        return read_hdf5(path, f"D4RL, version {version}")
+        # files there have been replaced once: a score is printed with its file's version
+        version = hashlib.sha256(path.read_bytes()).hexdigest()
+        return read_hdf5(path, f"D4RL, version {version[:8]}")
     if env != "hopper-medium-replay" or not BUNDLED.exists():
-        way_out = f"or make it by D4RL's recipe, python -m reproduce.collect --env {env}"
-        raise UserError(f"no data for {env}: put the file there, give --data FILE, {way_out}")
+        recipe = f"make it by D4RL's recipe, python -m reproduce.collect --env {env}"
+        raise UserError(f"no data for {env}: put the file at {path}, give --data FILE, or {recipe}")
     print(f"In its place: {BUNDLED.name}, of one SAC run: not comparable with the paper's.")
     return read_hdf5(BUNDLED, "bundled, not D4RL's")
 
 
 def download(url, path):
-    """Fetch a file -> True, or False without a network; UserError if it cannot be had otherwise."""
+    """Fetch a file -> True, or False without a network; UserError if the server fails."""
     try:
         with urllib.request.urlopen(url, timeout=20) as answer:
             size = int(answer.headers["Content-Length"] or 0) / 1e6
-            print(f"downloading {url} ({size:.0f} MB) to {path.parent}", flush=True)
+            print(f"{path} is missing; downloading {size:.0f} MB from {url}", flush=True)
             write_file(path, answer.read())  # which raises if the answer is cut off
     except Exception as error:  # of the network, HTTP or the file system
         if type(error) is not urllib.error.URLError:  # no network, in all its forms
             raise UserError(f"{url} cannot be downloaded ({error}); give --data FILE") from None
-        print(f"{path.name} is not in {path.parent} and cannot be downloaded ({error.reason}).")
+        print(f"{path} is missing and cannot be downloaded ({error.reason}).")
         return False
     return True
 
@@ -266,7 +275,8 @@ def read_minari(dataset_id):
             # there is one observation more than actions: the last one, on which nobody acted
             observations = flat(e.observations, len(e) + 1)[:-1]
             last = np.arange(len(e)) == len(e) - 1
-            rows.append((observations, e.actions, e.rewards, e.terminations, last))
+            actions = flat(e.actions, len(e))
+            rows.append((observations, actions, e.rewards, e.terminations, last))
         columns = [np.concatenate(column) for column in zip(*rows, strict=True)]
     except Exception as error:  # whatever a network library raises, too
         hint = "Box spaces? network? pip install 'minari[hf,gcs]'?"
@@ -337,12 +347,12 @@ class Batches:
         # the last row of each row's episode, (N,)
         self.lasts = torch.tensor(np.repeat(dataset.ends, lengths), device=device)
         self.horizon = horizon
-        self.dims = [self.obs.shape[1], self.actions.shape[1]]
+        self.dims = dataset.dims
 
-    def rows(self, rows, actions):
-        """States (B, O) of rows (B,), the actions (B, actions, A) from there."""
+    def rows(self, rows, count):
+        """States (B, O) of rows (B,), the `count` actions from there (B, count, A)."""
         # an episode's last action is repeated, so that states before a fall start windows, too
-        chunk = rows[:, None] + torch.arange(actions, device=rows.device)
+        chunk = rows[:, None] + torch.arange(count, device=rows.device)
         return self.obs[rows], self.actions[torch.minimum(chunk, self.lasts[rows, None])]
 
     def windows(self, batch, sums=None):
@@ -354,10 +364,10 @@ class Batches:
             drawn = torch.searchsorted(sums, quantiles, right=True).clamp(max=len(sums) - 1)
         return self.rows(drawn, self.horizon)
 
-    def transitions(self, batch, actions):
-        """Random rows: state (B, O), the actions (B, actions, A) from there, return-to-go (B,)."""
+    def transitions(self, batch, count):
+        """Random rows: state (B, O), `count` actions from there (B, count, A), return-to-go (B,)."""
         drawn = torch.randint(len(self.obs), (batch,), device=self.obs.device)
-        return *self.rows(drawn, actions), self.returns_to_go[drawn]
+        return *self.rows(drawn, count), self.returns_to_go[drawn]
 
 
 # ---- 3. Network: a temporal U-Net, its blocks scaled and shifted by a condition (FiLM) -----------
@@ -798,7 +808,7 @@ def trajectory_loss(student, state, x_t, t, end):
 # ---- 8. Training: each stage is a network and its loss -------------------------------------------
 
 FORMAT = 4  # of checkpoints
-SAVE_EVERY = 10.0  # seconds between checkpoints: what a killed run loses at most
+SAVE_EVERY = 10.0  # seconds between checkpoints, more if one takes long to write
 WEIGHT_DECAY = {"reward": 1e-3, "teacher": 1e-6, "student": 1e-4}  # as released
 TARGET_DECAY = 0.99  # of the student's average, G_sg in Eqs. 5 and 6; released: 0, a copy
 
@@ -887,18 +897,17 @@ def write_file(path, content):
         partial.unlink(missing_ok=True)
 
 
-def load_checkpoint(path, stage, device="cpu"):
-    """A checkpoint of that stage, or UserError saying what is wrong with the file."""
+def load_checkpoint(path, stage):
+    """A checkpoint of that stage, on the CPU, or UserError saying what is wrong with the file."""
     if not Path(path).is_file():
         raise UserError(f"no trained {stage} at {path}: train it first, or give another --out")
     try:
-        content = io.BytesIO(Path(path).read_bytes())
-        if damaged := zipfile.ZipFile(content).testzip():  # torch.load checks no checksums
-            raise zipfile.BadZipFile(f"{damaged} is damaged")
-        content.seek(0)
-        checkpoint = torch.load(content, map_location=device, weights_only=True)
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch.load checks no checksums
+                raise zipfile.BadZipFile(f"{damaged} is damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         fits = checkpoint["format"] == FORMAT and checkpoint["stage"] == stage
-    except Exception as error:  # damaged, no checkpoint, no such device, no memory, ...
+    except Exception as error:  # damaged, no checkpoint, no memory, ...
         raise UserError(f"{path} cannot be loaded as a checkpoint ({error!r:.200})") from None
     if not fits:
         raise UserError(f"{path} is no {stage} of this version of the program; change --out")
@@ -923,7 +932,6 @@ def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_de
     with target_decay, or if None the teacher's released rule. meta: what else the checkpoint holds.
     It may be killed at any time; on the CPU resuming is exact, bit by bit.
     """
-    device = next(net.parameters()).device
     average = copy.deepcopy(net).eval().requires_grad_(False)
     betas = (0.95, 0.999)
     optimizer = optim.AdamW(net.parameters(), lr, betas, weight_decay=weight_decay, fused=True)
@@ -932,18 +940,20 @@ def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_de
 
     # go on where a checkpoint stops
     if path.exists():
-        saved = load_checkpoint(path, stage, device)
+        saved = load_checkpoint(path, stage)
         done = {name: saved[name] for name in done}
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        torch.set_rng_state(saved["rng"].cpu())
-        torch.cuda.set_rng_state_all([x.cpu() for x in saved["cuda_rng"]])
+        torch.set_rng_state(saved["rng"])
+        torch.cuda.set_rng_state_all(saved["cuda_rng"])
         print(f"{stage}: goes on from step {done['step']:,} of {steps:,}")
 
     step = done["step"]
     twentieth = max(1, steps // 20)  # steps of the warm-up, and between two lines
     infos = []  # since the last line
-    logged_at = saved_at = time.monotonic()
+    logged_at = time.monotonic()
+    began = logged_at - done["seconds"]
+    save_at = logged_at + SAVE_EVERY
     while step < steps:
         # linear warm-up, then half a cosine; the released rule of the average
         angle = math.pi * max(0, step - twentieth) / max(1, steps - twentieth)
@@ -954,7 +964,7 @@ def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_de
         step += 1
         now = time.monotonic()
         tells = step == steps or not done["log"] or step % twentieth == 0
-        saves = step == steps or now - saved_at > SAVE_EVERY
+        saves = step == steps or now > save_at
 
         # what is not finite never replaces a good state
         if tells or saves:
@@ -971,13 +981,14 @@ def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_de
             infos = []
             logged_at = now
         if saves:
-            done |= {"step": step, "seconds": done["seconds"] + now - saved_at}
+            done |= {"step": step, "seconds": now - began}
             done |= {name: part.state_dict() for name, part in parts.items()}
             done |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
             content = io.BytesIO()
             torch.save(meta | done, content)
             write_file(path, content.getbuffer())
-            saved_at = time.monotonic()  # the next one may take long, too
+            saved_at = time.monotonic()
+            save_at = saved_at + SAVE_EVERY * max(1, 2 * (saved_at - now))
 
 
 # ---- 9. Acting and evaluation --------------------------------------------------------------------
@@ -999,7 +1010,6 @@ class Policy(nn.Module):
         self.net = load_network(checkpoint)
         self.register_buffer("obs_table", checkpoint["normalizer"]["obs"])
         self.register_buffer("action_table", checkpoint["normalizer"]["action"])
-        self.register_buffer("box", checkpoint["box"])
         self.shape = (config.horizon, checkpoint["dims"][1])  # (H, A)
         self.sigmas = karras_sigmas(config.grid_points if self.student else teacher_points)
         self.rows = {t: row for row, t in enumerate(self.sigmas.tolist())}
@@ -1030,12 +1040,14 @@ class Policy(nn.Module):
         else:
             denoiser = lambda x, t: denoise(self.network, x, t, state)
             x = heun_sample(denoiser, x_T, self.sigmas)
-        return decode(x.clamp(-1, 1), self.action_table).clamp(*self.box)
+        return decode(x.clamp(-1, 1), self.action_table)  # in the range of the data
 
     @torch.inference_mode()  # a sixth faster at batch 1 than no_grad
     def act(self, observations, generators):
         """`forward` in numpy, the noise of each row from its own numpy Generator."""
-        observations = torch.from_numpy(np.array(observations, np.float32)).to(self.box.device)
+        observations = torch.from_numpy(np.array(observations, np.float32)).to(
+            self.obs_table.device
+        )
         sizes = (len(generators), self.obs_table.shape[1])
         if observations.shape != sizes:
             raise UserError(f"observations have shape {tuple(observations.shape)}, not {sizes}")
@@ -1047,30 +1059,24 @@ class Policy(nn.Module):
         return self(observations, noise).cpu().numpy()
 
 
-def simulator(env, data):
-    """A callable that makes the simulator of `env`, or UserError; data: a `Dataset.summary`."""
+def simulator(env, **options):
+    """The simulator of `env`, its observations flat, or UserError; options of gymnasium.make.
+
+    One without a time limit gets that of D4RL's tasks, 1000 steps.
+    """
     import gymnasium
 
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # no advice to leave the -v4 tasks
-    gym_id = ENVS.get(env, (env,))[0]
     try:
-        one = gymnasium.make(gym_id)
-        one.close()
+        made = gymnasium.make(ENVS.get(env, (env,))[0], **options)
     except Exception as error:  # of whatever package the environment is from
-        hint = "of another package: --env PACKAGE:ID"
+        hint = "if another package has it, install that and give --env PACKAGE:ID"
         raise UserError(f"the environment {env} cannot be made ({error}); {hint}") from None
-    if not isinstance(one.action_space, gymnasium.spaces.Box):
-        raise UserError(f"{env}: actions {one.action_space} are no vectors of numbers (Box)")
-    limit = {}
-    if not one.spec.max_episode_steps:
-        limit["max_episode_steps"] = max(1000, data["longest"])
-        print(f"{env} has no time limit: an episode ends after {max(limit.values()):,} steps")
-
-    def make(**options):
-        made = gymnasium.make(gym_id, **limit, **options)
-        return gymnasium.wrappers.TransformObservation(made, lambda x: flat(x, 1)[0], None)
-
-    return make
+    if not isinstance(made.action_space, gymnasium.spaces.Box):
+        raise UserError(f"{env}: actions {made.action_space} are no vectors of numbers (Box)")
+    if not made.spec.max_episode_steps:
+        made = gymnasium.wrappers.TimeLimit(made, 1000)
+    return gymnasium.wrappers.TransformObservation(made, lambda x: flat(x, 1)[0], None)
 
 
 def evaluate(act, make_env, episodes=20, first_seed=0):
@@ -1125,25 +1131,26 @@ def evaluate_and_report(checkpoint, config, out, device="cpu"):
     n = config.episodes
     first = config.first_seed
     policy = Policy(checkpoint, config.nfe, config.teacher_points, config.temperature, device)
+    method = method_name(checkpoint)
     print(f"evaluation: {n} episodes, {policy.calls} network call(s) per plan", flush=True)
-    result = evaluate(policy.act, simulator(env, data), n, first)
+    result = evaluate(policy.act, lambda: simulator(env), n, first)
 
     returns = np.array(result["returns"])
     scores = normalized_score(env, returns)
-    error = scores.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
-    label = f"{method_name(checkpoint)}, {policy.calls} call(s)"
-    print(f"\n{env} on {data['name']} ({data['source']})")
-    print(f"{f'{n} episodes from seed {first}':<32}   return    score  std. err.")
-    rows = {"data, best episode": data["return_best"], "data, mean episode": data["return_mean"]}
-    for text, value in rows.items():
-        print(f"{text:<32}{value:9.5g}{normalized_score(env, value):9.1f}")
-    print(f"{label:<32}{returns.mean():9.5g}{scores.mean():9.1f}{error:11.1f}")
-
     scored = np.isfinite(scores).all()
+    error = (scores if scored else returns).std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+    print(f"\n{env} on {data['name']} ({data['source']})")
+    print(f"{f'{n} episodes from seed {first}':<36}   return    score  std. err.")
+    rows = {"data, best episode": data["return_best"], "data, mean episode": data["return_mean"]}
+    for label, value in rows.items():
+        print(f"{label:<36}{value:9.5g}{normalized_score(env, value):9.1f}")
+    label = f"{method}, {policy.calls} call(s)"
+    print(f"{label:<36}{returns.mean():9.5g}{scores.mean():9.1f}{error:11.1f}")
+
     metrics = {
         "env": env,
         "dataset": data,
-        "method": method_name(checkpoint),
+        "method": method,
         "weights": weights_id(checkpoint),
         "calls": policy.calls,
         "temperature": policy.temperature,
@@ -1154,7 +1161,7 @@ def evaluate_and_report(checkpoint, config, out, device="cpu"):
         "score_sem": float(error) if scored and n > 1 else None,
         **result,
     }
-    who = f"{metrics['method'].replace(', ', '-').replace(' ', '-')}_{metrics['weights']}"
+    who = f"{method.replace(', ', '-').replace(' ', '-')}_{metrics['weights']}"
     how = f"calls{policy.calls}_T{policy.temperature}_seeds{first}-{first + n - 1}"
     path = out / f"score_{who}_{how}.json"
     write_file(path, json.dumps(metrics, indent=2).encode())
@@ -1174,35 +1181,29 @@ def weights_id(checkpoint):
 def load_data(run, needs_simulator=True, kind=Batches):
     """The data of a run -> (batches of a kind, meta: what checkpoints record), or UserError."""
     dataset = load_dataset(run.env, run.data)
-    dims = [dataset.observations.shape[1], dataset.actions.shape[1]]
     about = dataset.summary()
     text = "data: {name} ({source}): {transitions:,} transitions, {episodes:,} episodes,\n"
     text += "      return: mean {return_mean:.5g}, best {return_best:.5g}"
-    print(text.format(**about))
-
-    # its simulator: what that would clip is clipped before it is learnt
+    print(text.format(**about), flush=True)
     try:
-        env = simulator(run.env, about)()
-        box = np.float32([env.action_space.low, env.action_space.high]).reshape(2, -1)
-        sizes = [env.reset(seed=0)[0].size, box.shape[1]]
+        env = simulator(run.env)
     except (UserError, ImportError) as error:
         if needs_simulator:
             raise
         print(f"      no simulator: {error}")
-        box = np.stack([dataset.actions.min(0), dataset.actions.max(0)])
-        sizes = dims
-    if dims != sizes:
-        raise UserError(f"{dataset.name} has {dims} observations and actions, {run.env} {sizes}")
-    clipped = np.clip(dataset.actions, *box)
-    outside = (clipped != dataset.actions).any(1).mean()
-    if outside:
-        print(f"      {outside:.2%} of the actions leave the simulator's box: clipped")
+    else:
+        box = np.float32([env.action_space.low, env.action_space.high]).reshape(2, -1)
+        sizes = [env.reset(seed=0)[0].size, box.shape[1]]
+        if dataset.dims != sizes:
+            dims = f"{dataset.dims} observations and actions"
+            raise UserError(f"{dataset.name} has {dims}, {run.env} {sizes}")
+        clipped = np.clip(dataset.actions, *box)  # as it would do itself
+        if outside := (clipped != dataset.actions).any(1).mean():
+            print(f"      {outside:.2%} of the actions leave the simulator's box: clipped")
         dataset.actions = clipped
-
     batches = kind(dataset, run.config.horizon, run.config.gamma, run.device)
-    print(f"      {len(batches.obs):,} windows of {batches.horizon} actions", flush=True)
-    meta = {"env": run.env, "dataset": dataset.summary(), "dims": dims}
-    return batches, meta | {"normalizer": batches.normalizer, "box": torch.tensor(box)}
+    meta = {"env": run.env, "dataset": dataset.summary(), "dims": dataset.dims}
+    return batches, meta | {"normalizer": batches.normalizer}
 
 
 def check_compatible(path, saved, asked):
@@ -1222,17 +1223,18 @@ def load_or_train(run, stage, fields, meta, built_on, make, **how):
     recipe |= {name: getattr(run.config, name) for name in fields.split()}
     recipe |= {name: weights_id(checkpoint) for name, checkpoint in built_on.items()}
     meta = {**meta, "recipe": recipe, "config": dataclasses.asdict(run.config)}
-    saved = load_checkpoint(path, stage, run.device) if path.exists() else None
+    saved = load_checkpoint(path, stage) if path.exists() else None
     if saved:
         check_compatible(path, saved["recipe"], recipe)
-    while not saved or saved["step"] < saved["steps"]:  # again if a second run saved less
+    # again if another process has saved an earlier step over the last one
+    while not saved or saved["step"] < saved["steps"]:
         torch.manual_seed(run.config.seed)
         net, loss_fn = make()
         print(f"{stage}: {sum(p.numel() for p in net.parameters()):,} parameters", flush=True)
         steps = getattr(run.config, f"{stage}_steps")
         lr = getattr(run.config, f"{stage}_lr")
         fit(stage, net, loss_fn, path, meta, steps, lr, **how)
-        saved = load_checkpoint(path, stage, run.device)
+        saved = load_checkpoint(path, stage)
     print(f"{stage}: {path}, {saved['step']:,} steps in {saved['seconds']:.0f} s")
     return saved
 
@@ -1264,8 +1266,7 @@ def train(run):
     """Train what is missing of the stages of a command; distill scores its student, too."""
     evaluates = run.command == "distill" and run.config.episodes > 0
     batches, meta = load_data(run, needs_simulator=evaluates)
-    run.out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=run.out).close()  # an error now, not after the training
+    run.out.mkdir(parents=True, exist_ok=True)  # an error now, not after the training
     models = {}
     for stage in stages_of(run.command, run.config):
         models[stage] = train_stage(run, stage, batches, meta, models)
@@ -1273,12 +1274,12 @@ def train(run):
         evaluate_and_report(models["student"], run.config, run.out, run.device)
 
 
-def act_again(run):
+def score_saved(run):
     """Score the student or teacher that lies in the run's folder."""
     if run.config.episodes < 1:
         raise UserError("--episodes must be at least 1 to evaluate")
     path = run.out / f"{run.model}.pt"
-    saved = load_checkpoint(path, run.model, run.device)
+    saved = load_checkpoint(path, run.model)
     check_compatible(path, saved, {"env": run.env})
     if saved["step"] < saved["steps"]:
         print(f"{path} is half trained: {saved['step']:,} of {saved['steps']:,} steps")
@@ -1312,7 +1313,8 @@ def build_parser():
     for command, text in COMMANDS.items():
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
         for flag, how in RUN_FLAGS.items():
-            sub.add_argument(flag, **how)
+            if flag != "--data" or command != "evaluate":
+                sub.add_argument(flag, **how)
         if command == "evaluate":
             who = ("student", "teacher")
             sub.add_argument("--model", choices=who, default="student", help="who acts")
@@ -1362,14 +1364,14 @@ def main(argv=None):
         if run.command == "data":
             load_data(run, needs_simulator=False)
         elif run.command == "evaluate":
-            act_again(run)
+            score_saved(run)
         else:
             train(run)
     except (UserError, OSError, ImportError) as error:
         print(f"ractd.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("ractd.py: stopped; the same command goes on from what is saved", file=sys.stderr)
         return 130
     return 0
 

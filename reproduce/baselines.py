@@ -80,7 +80,7 @@ def baseline(run):
     settings = run.config
     dataset = ractd.load_dataset(run.env, run.data)
     meta = dataset.summary()
-    make_env = ractd.simulator(run.env, meta)
+    make_env = lambda: ractd.simulator(run.env)
     box = make_env().action_space
     d3rlpy.seed(settings.seed)
     algorithm = make_algorithm(settings.algorithm, box, str(run.device))

@@ -292,7 +292,7 @@ def bench(run):
             score[name] = points(run.env, returns)
 
     print(f"{config.episodes} episodes, timed", flush=True)
-    seconds = evaluation_times(acts["student_1"], ractd.simulator(run.env, data), config)
+    seconds = evaluation_times(acts["student_1"], lambda: ractd.simulator(run.env), config)
     memory, cuda_memory = peak_memory(run.device)
     result = {
         "env": run.env,

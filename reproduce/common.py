@@ -89,7 +89,7 @@ def parse_own(parser, config_class, argv, tasks=None, folder=""):
         if value is not None:
             values[field.name] = value
     run.config = config_class(**values)
-    ractd.check_ranges(run.config)
+    ractd.check_options(run.config)
     run.out.mkdir(parents=True, exist_ok=True)
     return run
 
@@ -230,7 +230,7 @@ def kept_score(name, about, run, act, data):
         return kept | about
     print(f"evaluation: {episodes} episodes, {path}", flush=True)
     began = time.perf_counter()
-    result = ractd.evaluate(act, ractd.simulator(run.env, data), episodes, first)
+    result = ractd.evaluate(act, lambda: ractd.simulator(run.env), episodes, first)
     mean, error, unit = points(run.env, result["returns"])
     result["return_mean"] = float(np.mean(result["returns"]))
     result |= {"score_mean": mean, "score_sem": error, "unit": unit}

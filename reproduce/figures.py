@@ -96,16 +96,15 @@ def record(run, out):
     from gymnasium.wrappers import RenderCollection
 
     path = out / "student.pt"
-    saved = ractd.load_checkpoint(path, "student", run.device)
+    saved = ractd.load_checkpoint(path, "student")
     ractd.check_compatible(path, saved, {"env": run.env})
     how = {"temperature": run.temperature, "device": run.device}
     policy = ractd.Policy(saved, run.config.nfe, **how)
-    make = ractd.simulator(run.env, saved["dataset"])
     options = {"render_mode": "rgb_array"}
     if run.env in ractd.ENVS and run.env != "door-human":  # this camera goes along with the body
         options |= {"width": SIDE, "height": SIDE, "camera_name": "track"}
     try:
-        env = RenderCollection(make(**options), pop_frames=False)
+        env = RenderCollection(ractd.simulator(run.env, **options), pop_frames=False)
         result = ractd.evaluate(policy.act, lambda: env, 1, run.config.first_seed)
     except (mujoco.FatalError, Error, *LINK_ERRORS) as error:
         hint = "set MUJOCO_GL=egl with a graphics driver, or osmesa after `apt install libosmesa6`"
