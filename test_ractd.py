@@ -832,6 +832,7 @@ def test_a_minari_dataset_is_the_same_data_and_its_environment_is_said(capsys):
     for begin, end in zip(of_file.begins, of_file.ends + 1, strict=True):
         observations, *columns = (x[begin:end] for x in rows.values())
         observations = np.pad(observations, [(0, 1), (0, 0)])
+        columns[0] = columns[0][:, :, None]  # actions that are matrices
         columns[-1] = np.zeros(end - begin, bool)  # each was cut off, or fell
         buffers.append(EpisodeBuffer(None, None, None, observations, *columns))
     with warnings.catch_warnings(action="ignore"):
@@ -908,6 +909,8 @@ def test_a_preset_is_what_the_paper_says_and_a_flag_beats_it(preset, monkeypatch
     losses |= {"reward_actions": 1, "reward_networks": 1, "reward_weight": 0.4}
     expected = Config(**ractd.PRESETS[preset] | losses | {"temperature": 2.0})
     assert train.call_args.args[0].config == expected
+    with pytest.raises(UserError, match="--denoising papers: must be one of mean, paper"):
+        Config(denoising="papers")
 
 
 REFUSED = """\
