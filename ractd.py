@@ -1288,14 +1288,17 @@ def score_saved(run):
 
 # ---- 11. Command line ----------------------------------------------------------------------------
 
-COMMANDS = {
-    "data": "fetch the dataset and print what is in it",
-    "reward": "train the reward model R, a return-to-go",
-    "teacher": "train the EDM teacher, Eq. 4, and first the R that weights its windows",
-    "distill": "train R and teacher if missing, then the student, Eq. 9; score it",
-    "evaluate": "score a saved student or teacher",
+REWARD = STAGE_FIELDS["reward"].split()
+TEACHER = REWARD + STAGE_FIELDS["teacher"].split()
+DISTILL = TEACHER + STAGE_FIELDS["student"].split() + ["nfe", "episodes", "first_seed"]
+EVALUATE = ["nfe", "teacher_points", "temperature", "episodes", "first_seed"]
+COMMANDS = {  # what each does, and the fields of Config that are its flags
+    "data": ("fetch the dataset and print what is in it", []),
+    "reward": ("train the reward model R, a return-to-go", REWARD),
+    "teacher": ("train the EDM teacher, Eq. 4, and first the R that weights its windows", TEACHER),
+    "distill": ("train R and teacher if missing, then the student, Eq. 9; score it", DISTILL),
+    "evaluate": ("score a saved student or teacher", EVALUATE),
 }
-ACTING = ("nfe", "teacher_points", "temperature", "episodes", "first_seed")  # of evaluate
 RUN_FLAGS = {
     "--env": {"required": True, "help": f"one of {', '.join(ENVS)}; else any gymnasium id"},
     "--data": {"default": "", "help": "FILE.hdf5, minari:ID (default: D4RL's file of --env)"},
@@ -1309,7 +1312,7 @@ def build_parser():
     summary = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser(prog="ractd.py", description=summary, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command, text in COMMANDS.items():
+    for command, (text, fields) in COMMANDS.items():
         sub = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
         for flag, how in RUN_FLAGS.items():
             if flag != "--data" or command != "evaluate":
@@ -1317,11 +1320,11 @@ def build_parser():
         if command == "evaluate":
             who = ("student", "teacher")
             sub.add_argument("--model", choices=who, default="student", help="who acts")
-        else:
+        elif fields:
             text = "paper-losses: Eqs. 4 to 9; paper: its sizes, too"
             sub.add_argument("--preset", choices=PRESETS, default="default", help=text)
         for field in dataclasses.fields(Config):
-            if command != "evaluate" or field.name in ACTING:
+            if field.name in fields:
                 add_flag(sub, field)
     return parser
 

@@ -914,7 +914,7 @@ def test_a_preset_is_what_the_paper_says_and_a_flag_beats_it(preset, monkeypatch
 
 
 REFUSED = """\
-    data --sed=1, evaluate --preset=paper, evaluate --seed=1, distill --horizn=8,
+    data --seed=1, reward --horizon=8, evaluate --preset=paper, distill --horizn=8,
     distill --network=large, distill --horizon=10, distill --reward-actions=17,
     distill --gamma=nan, distill --nfe=x, distill --nfe=81, distill --device=cuda:99,
     distill --env=hoper-medium, data --env=, evaluate --out=rnu"""
