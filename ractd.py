@@ -1300,7 +1300,7 @@ COMMANDS = {  # what each does, and the fields of Config that are its flags
     "evaluate": ("score a saved student or teacher", EVALUATE),
 }
 RUN_FLAGS = {
-    "--env": {"required": True, "help": f"one of {', '.join(ENVS)}; else any gymnasium id"},
+    "--env": {"required": True, "help": f"one of {', '.join(ENVS)}; else a gymnasium id"},
     "--data": {"default": "", "help": "FILE.hdf5, minari:ID (default: D4RL's file of --env)"},
     "--out": {"help": "folder for all that is written (default: runs/<env>)"},
     "--device": {"default": "cpu", "help": "cpu, cuda, cuda:1, ... (default: cpu)"},

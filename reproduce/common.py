@@ -46,8 +46,7 @@ def make_parser(name, text):
 
 def parse_run(parser, argv):
     """The checked run that the flags of `parser` and of `ractd.py distill` describe."""
-    text = "Most flags of `python ractd.py distill` are taken too; its --help tells them."
-    parser.epilog = text
+    parser.epilog = "--env, and most other flags of `python ractd.py distill`, are taken, too."
     own, rest = parser.parse_known_args(argv)
     run = ractd.build_parser().parse_args(["distill", *rest], own)
     ractd.prepare(run)

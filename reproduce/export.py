@@ -8,7 +8,7 @@ Reads <out>/student.pt (default: runs/<env>) and writes
     <out>/policy.onnx   for onnxruntime:  onnxruntime.InferenceSession("policy.onnx")
 
 Both are the function (observation, noise) -> plan, with the normaliser, the network calls and the
-action box inside:
+clipping to the range of the data inside:
 
     observation   (B, O) float32, in the environment's units
     noise         (B, H, A) float32, standard normal; with N calls (B, N H, A)

@@ -502,7 +502,7 @@ def print_result(result):
 
 def main(argv=None):
     """The command line -> exit code, see `run_command`."""
-    parser = make_parser("maze2d", __doc__)
+    parser = make_parser("maze.maze2d", __doc__)
     lines = ["Other defaults of the larger mazes:"]
     for maze, defaults in DEFAULTS.items():
         flags = [f"--{name.replace('_', '-')} {value}" for name, value in defaults.items()]
