@@ -365,7 +365,7 @@ class Batches:
         return self.rows(drawn, self.horizon)
 
     def transitions(self, batch, count):
-        """Random rows: state (B, O), `count` actions from there (B, count, A), return-to-go (B,)."""
+        """Random rows: state (B, O), the next actions (B, count, A), return-to-go (B,)."""
         drawn = torch.randint(len(self.obs), (batch,), device=self.obs.device)
         return *self.rows(drawn, count), self.returns_to_go[drawn]
 

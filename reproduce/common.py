@@ -203,7 +203,7 @@ def mean_and_error(scores):
 
 
 def points(env, returns):
-    """Returns of episodes -> (mean, standard error, unit): scores, or returns where there is none."""
+    """Returns of episodes -> (mean, standard error, unit): of scores, or of returns without one."""
     results = ractd.normalized_score(env, np.array(returns))
     unit = "normalised score"
     if not np.isfinite(results).all():
