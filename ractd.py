@@ -35,6 +35,7 @@ import os
 import sys
 import time
 import urllib.request
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -808,7 +809,7 @@ def trajectory_loss(student, state, x_t, t, end):
 # ---- 8. Training: each stage is a network and its loss -------------------------------------------
 
 FORMAT = 4  # of checkpoints
-SAVE_EVERY = 10.0  # seconds between checkpoints, more if one takes long to write
+SAVE_EVERY = 30.0  # seconds between checkpoints: what a killed run loses at most
 WEIGHT_DECAY = {"reward": 1e-3, "teacher": 1e-6, "student": 1e-4}  # as released
 TARGET_DECAY = 0.99  # of the student's average, G_sg in Eqs. 5 and 6; released: 0, a copy
 
@@ -987,8 +988,7 @@ def fit(stage, net, loss_fn, path, meta, steps, lr, weight_decay=1e-6, target_de
             content = io.BytesIO()
             torch.save(meta | done, content)
             write_file(path, content.getbuffer())
-            saved_at = time.monotonic()
-            save_at = saved_at + SAVE_EVERY * max(1, 2 * (saved_at - now))
+            save_at = time.monotonic() + SAVE_EVERY  # this one may have taken long
 
 
 # ---- 9. Acting and evaluation --------------------------------------------------------------------
@@ -1074,6 +1074,7 @@ def simulator(env, **options):
     if not isinstance(made.action_space, gymnasium.spaces.Box):
         raise UserError(f"{env}: actions {made.action_space} are no vectors of numbers (Box)")
     if not made.spec.max_episode_steps:
+        warnings.warn(f"{env} has no time limit: an episode ends after 1000 steps", stacklevel=2)
         made = gymnasium.wrappers.TimeLimit(made, 1000)
     return gymnasium.wrappers.TransformObservation(made, lambda x: flat(x, 1)[0], None)
 

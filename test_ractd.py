@@ -11,6 +11,8 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
+import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -812,13 +814,14 @@ def test_only_d4rls_names_mean_its_tasks():
         ractd.simulator("hopper-v3")
 
 
-def test_without_a_time_limit_there_is_one_and_what_acts_stays_in_the_box():
+def test_without_a_time_limit_one_is_said_and_what_acts_stays_in_the_box():
     """The reward is -0.1 times the squared action, in a box of 1; -9 never gets up the hill."""
     entry_point = "gymnasium.envs.classic_control:Continuous_MountainCarEnv"
     gymnasium.register("Endless-v0", entry_point)
     make_env = lambda: ractd.simulator("Endless-v0")
     act = lambda observations, _: np.full((len(observations), 8, 1), -9.0)
-    result = ractd.evaluate(act, make_env, 2)
+    with pytest.warns(UserWarning, match="Endless-v0 has no time limit"):
+        result = ractd.evaluate(act, make_env, 2)
     assert result["lengths"] == [1000, 1000]
     assert result["returns"] == approx([-100, -100])
 
@@ -879,6 +882,11 @@ def test_a_failed_download_is_an_error_and_no_reason_for_other_data(
         code = cli("data", env=env)
     refused(capsys, code, "cannot be downloaded", words, "--data FILE")
     assert not list(CACHE.parent.iterdir())
+
+
+def test_a_server_that_falls_silent_is_an_error_too(monkeypatch, capsys):
+    monkeypatch.setattr(urllib.request, "urlopen", Mock(side_effect=TimeoutError("timed out")))
+    refused(capsys, cli("data"), "cannot be downloaded", "timed out")
 
 
 def test_without_a_network_one_task_has_data_and_the_others_name_ways_out(capsys):
@@ -947,6 +955,16 @@ def test_fit_warms_up_then_follows_half_a_cosine_and_averages_as_released(monkey
     assert decays == approx([1 - n**-0.75 for n in range(1, 81)])
     ractd.fit("student", net, None, Path("b.pt"), {}, steps=3, lr=4.0, target_decay=0.7)
     assert decays[80:] == [0.7] * 3
+
+
+def test_a_disk_that_is_slow_to_save_to_does_not_save_after_every_step(monkeypatch):
+    monkeypatch.setattr(ractd, "SAVE_EVERY", 0.1)
+    save = Mock(side_effect=lambda *_: time.sleep(0.2))
+    monkeypatch.setattr(torch, "save", save)
+    net = nn.Linear(1, 1)
+    loss_fn = lambda net, average: (time.sleep(0.01), (net.weight.sum(), {}))[1]
+    ractd.fit("teacher", net, loss_fn, Path("a.pt"), {}, steps=40, lr=1e-3)
+    assert 2 <= save.call_count <= 7
 
 
 def test_end_to_end_leaves_every_promised_file_and_number(trained):

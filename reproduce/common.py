@@ -101,7 +101,7 @@ def run_command(program, command):
         print(f"{program}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"{program}: stopped; the same command goes on from what is saved", file=sys.stderr)
         return 130
     return 0
 
